@@ -1,0 +1,378 @@
+"""What the decoder is told: pictures and text become one sequence of rows in T5's space.
+
+    reference pictures --CLIP--> patch features --connector--> rows --+
+                                                                      v
+    prompt ids --T5 embedding--> rows, `<image>` rows overwritten by the connector's --T5 encoder--> H (B, S, d_model)
+
+CLIP ViT-L/14 (openai/clip-vit-large-patch14) gives the features of its last-but-one block; its text tower and
+projections are here too, for scores. T5 is FLAN-T5 (google/flan-t5-xl); its decoder half is needed once, to pretrain
+the connector by captioning. Each network ends with a table that gives its tensors' public names.
+
+Shape letters: B batch, K pictures, P patches, L length, C width. Next: `model.py`, which projects H to its prefix.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import InputError
+
+
+class Attention(nn.Module):
+    """Multi-head attention over x, or from x to a memory.
+
+    scale: factor on the scores, None = 1 / sqrt(head_dim); T5 uses 1, its initialisation makes up for it.
+    """
+
+    def __init__(self, dim, heads, head_dim=None, bias=True, scale=None, dropout=0.0):
+        super().__init__()
+        inner = heads * (head_dim or dim // heads)
+        self.heads, self.scale, self.dropout = heads, scale, dropout
+        self.q = nn.Linear(dim, inner, bias=bias)
+        self.k = nn.Linear(dim, inner, bias=bias)
+        self.v = nn.Linear(dim, inner, bias=bias)
+        self.o = nn.Linear(inner, dim, bias=bias)
+
+    def forward(self, x, memory=None, score_bias=None, causal=False):
+        """x: (B, L, C); memory: (B, M, C), None = x; score_bias: added to the scores, broadcasts to (B, H, L, M)."""
+        memory = x if memory is None else memory
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)                   # (B, H, L or M, hd)
+                   for part in (self.q(x), self.k(memory), self.v(memory)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=score_bias, is_causal=causal, scale=self.scale,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).flatten(-2))                                      # (B, L, C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's picture side; the defaults are ViT-L/14."""
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    image_size: int = 224
+    patch_size: int = 14
+
+    @property
+    def grid(self):
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP's text side; the defaults go with ViT-L/14."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    vocab_size: int = 49408
+    positions: int = 77
+    end_id: int = 49407
+
+
+class ClipBlock(nn.Module):
+    """Pre-norm transformer block with the sigmoid approximation of GELU."""
+
+    def __init__(self, width, heads, mlp):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
+
+    def forward(self, x, causal=False):
+        x = x + self.attn(self.norm1(x), causal=causal)
+        h = self.fc1(self.norm2(x))
+        return x + self.fc2(h * torch.sigmoid(1.702 * h))
+
+
+class ClipVision(nn.Module):
+    """Vision transformer: a picture cut into patches, behind one class token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.class_embed = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(config.grid**2 + 1, config.width) * 0.02)
+        self.norm_pre = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(ClipBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
+        self.norm_post = nn.LayerNorm(config.width)
+
+    def run(self, pixels, layers):
+        """(K, 3, H, W) normalised pixels -> (K, 1 + P, C) after that many blocks, no final norm."""
+        patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)                     # (K, P, C)
+        x = torch.cat([self.class_embed.expand(len(pixels), 1, -1), patches], dim=1)      # (K, 1 + P, C)
+        x = self.norm_pre(x + self.pos_embed)
+        for block in self.blocks[:layers]:
+            x = block(x)
+        return x
+
+    def forward(self, pixels):
+        """What MENTOR reads: the patches after the last block but one. (K, 3, H, W) -> (K, P, C)"""
+        return self.run(pixels, self.config.layers - 1)[:, 1:]
+
+    def summary(self, pixels):
+        """What CLIP's scores read: the class token after the last block, normed. (K, 3, H, W) -> (K, C)"""
+        return self.norm_post(self.run(pixels, self.config.layers)[:, 0])
+
+
+class ClipText(nn.Module):
+    """Causal transformer over a caption; its summary is the state at the first end token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embed = nn.Embedding(config.vocab_size, config.width)
+        self.pos_embed = nn.Parameter(torch.randn(config.positions, config.width) * 0.02)
+        self.blocks = nn.ModuleList(ClipBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+
+    def summary(self, ids):
+        """(B, L) ids, each row holding an end token -> (B, C)"""
+        x = self.token_embed(ids) + self.pos_embed[:ids.size(1)]                          # (B, L, C)
+        for block in self.blocks:
+            x = block(x, causal=True)
+        first_end = (ids == self.config.end_id).int().argmax(dim=1)                       # (B,)
+        return self.norm(x[torch.arange(len(x), device=x.device), first_end])             # (B, C)
+
+
+class Clip(nn.Module):
+    """Both towers and their projections into one space, where cosine similarity is the score."""
+
+    def __init__(self, vision=VisionConfig(), text=TextConfig(), dim=768):
+        super().__init__()
+        self.vision, self.text = ClipVision(vision), ClipText(text)
+        self.vision_projection = nn.Linear(vision.width, dim, bias=False)
+        self.text_projection = nn.Linear(text.width, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+
+    def embed_image(self, pixels):
+        """(K, 3, H, W) normalised pixels -> (K, dim), not normalised."""
+        return self.vision_projection(self.vision.summary(pixels))
+
+    def embed_text(self, ids):
+        """(B, L) ids -> (B, dim), not normalised."""
+        return self.text_projection(self.text.summary(ids))
+
+
+CLIP_NAMES = (  # ours -> public, regular expressions applied in order; "pre_layrnorm" really is the public name
+    (r"^(vision|text)\.blocks", r"\1_model.encoder.layers"),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.attn\.o\.", r".self_attn.out_proj."),
+    (r"\.(fc[12])\.", r".mlp.\1."),
+    (r"^vision\.patch_embed", "vision_model.embeddings.patch_embedding"),
+    (r"^vision\.class_embed", "vision_model.embeddings.class_embedding"),
+    (r"^(vision|text)\.pos_embed", r"\1_model.embeddings.position_embedding.weight"),
+    (r"^vision\.norm_pre", "vision_model.pre_layrnorm"),
+    (r"^vision\.norm_post", "vision_model.post_layernorm"),
+    (r"^text\.token_embed", "text_model.embeddings.token_embedding"),
+    (r"^text\.norm", "text_model.final_layer_norm"),
+    (r"^vision_projection", "visual_projection"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T5
+
+@dataclass(frozen=True)
+class T5Config:
+    """The defaults are FLAN-T5-XL."""
+    width: int = 2048
+    layers: int = 24
+    heads: int = 32
+    head_dim: int = 64
+    mlp: int = 5120
+    vocab_size: int = 32128
+    dropout: float = 0.1
+    buckets: int = 32
+    max_distance: int = 128
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; the statistics in fp32 whatever x is, since bf16 squares lose too much."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
+        return h.type_as(x) * self.weight
+
+
+def relative_buckets(length, bidirectional, buckets, max_distance, device=None):
+    """T5's coarse distances: which of `buckets` rows of the bias table serves query i and key j. -> (L, L) int64
+
+    Half of the buckets are exact distances, the others grow in log steps up to max_distance and beyond; with
+    bidirectional, half of all buckets are for keys behind the query.
+    """
+    i = torch.arange(length, device=device)
+    offset = i[None, :] - i[:, None]                                                      # (L, L), key - query
+    bucket = torch.zeros_like(offset)
+    if bidirectional:
+        buckets //= 2
+        bucket = bucket + (offset > 0) * buckets
+        distance = offset.abs()
+    else:
+        distance = (-offset).clamp(min=0)
+    exact = buckets // 2
+    log_steps = torch.log(distance.clamp(min=1).float() / exact) / torch.log(torch.tensor(max_distance / exact))
+    far = (exact + (log_steps * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return bucket + torch.where(distance < exact, distance, far)
+
+
+class T5Block(nn.Module):
+    """Self-attention, with `cross` also attention to a memory, and a gated feed-forward; each behind an RMSNorm."""
+
+    def __init__(self, config, cross=False):
+        super().__init__()
+        def attention():
+            return Attention(config.width, config.heads, config.head_dim, bias=False, scale=1.0, dropout=config.dropout)
+        self.attn, self.attn_norm = attention(), RMSNorm(config.width, eps=1e-6)
+        self.cross = attention() if cross else None
+        self.cross_norm = RMSNorm(config.width, eps=1e-6) if cross else None
+        self.wi_0 = nn.Linear(config.width, config.mlp, bias=False)
+        self.wi_1 = nn.Linear(config.width, config.mlp, bias=False)
+        self.wo = nn.Linear(config.mlp, config.width, bias=False)
+        self.ffn_norm = RMSNorm(config.width, eps=1e-6)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, score_bias, memory=None, memory_bias=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), score_bias=score_bias))
+        if self.cross is not None:
+            x = x + self.dropout(self.cross(self.cross_norm(x), memory, score_bias=memory_bias))
+        h = self.ffn_norm(x)
+        h = F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h)
+        return x + self.dropout(self.wo(self.dropout(h)))
+
+
+class T5Stack(nn.Module):
+    """Blocks that share one table of relative position biases: the encoder, or with `decoder` the causal half."""
+
+    def __init__(self, config, decoder=False):
+        super().__init__()
+        self.config, self.decoder = config, decoder
+        self.relative_bias = nn.Embedding(config.buckets, config.heads)
+        self.blocks = nn.ModuleList(T5Block(config, cross=decoder) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, eps=1e-6)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask=None, memory=None, memory_mask=None):
+        """x: (B, L, C) embeddings; masks: (B, L) and (B, M) bool, True = attend. -> (B, L, C)"""
+        length = x.size(1)
+        buckets = relative_buckets(length, not self.decoder, self.config.buckets, self.config.max_distance, x.device)
+        bias = self.relative_bias(buckets).permute(2, 0, 1).unsqueeze(0).type_as(x)       # (1, H, L, L)
+        hidden = torch.finfo(x.dtype).min
+        if self.decoder:
+            bias = bias.masked_fill(torch.ones_like(buckets, dtype=torch.bool).triu(1), hidden)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None, :], hidden)                      # (B, H, L, L)
+        memory_bias = None
+        if memory_mask is not None:
+            memory_bias = torch.zeros_like(memory_mask, dtype=x.dtype).masked_fill(~memory_mask, hidden)
+            memory_bias = memory_bias[:, None, None, :]                                   # (B, 1, 1, M)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, bias, memory, memory_bias)
+        return self.dropout(self.norm(x))
+
+
+class T5(nn.Module):
+    """FLAN-T5: the encoder, and with `decoder` also the captioning half."""
+
+    def __init__(self, config=T5Config(), decoder=False):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.encoder = T5Stack(config)
+        if decoder:
+            self.decoder = T5Stack(config, decoder=True)
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def encode(self, rows, mask):
+        """rows: (B, L, C) embeddings; mask: (B, L) bool. -> (B, L, C), padded rows zero"""
+        return self.encoder(rows, mask) * mask.unsqueeze(-1)
+
+    def caption_logits(self, memory, memory_mask, labels):
+        """Teacher-forced logits of the decoder half: position k sees labels before k. labels: (B, L). -> (B, L, V)
+
+        Labels of -100 are padding: they are fed as 0 and left out of the loss.
+        """
+        shifted = F.pad(labels.clamp(min=0), (1, 0))[:, :-1]                              # (B, L), 0 starts the text
+        return self.lm_head(self.decoder(self.embed(shifted), memory=memory, memory_mask=memory_mask))
+
+    def caption_loss(self, memory, memory_mask, labels):
+        """Mean cross entropy over the labels that are not -100."""
+        logits = self.caption_logits(memory, memory_mask, labels)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+T5_NAMES = (  # ours -> public, regular expressions applied in order
+    (r"^embed\.", "shared."),
+    (r"\.relative_bias\.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.blocks\.(\d+)\.attn\.", r".block.\1.layer.0.SelfAttention."),
+    (r"\.blocks\.(\d+)\.attn_norm\.", r".block.\1.layer.0.layer_norm."),
+    (r"\.blocks\.(\d+)\.cross\.", r".block.\1.layer.1.EncDecAttention."),
+    (r"\.blocks\.(\d+)\.cross_norm\.", r".block.\1.layer.1.layer_norm."),
+    (r"^encoder\.blocks\.(\d+)\.(w\w+)\.", r"encoder.block.\1.layer.1.DenseReluDense.\2."),
+    (r"^encoder\.blocks\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^decoder\.blocks\.(\d+)\.(w\w+)\.", r"decoder.block.\1.layer.2.DenseReluDense.\2."),
+    (r"^decoder\.blocks\.(\d+)\.ffn_norm\.", r"decoder.block.\1.layer.2.layer_norm."),
+    (r"^(encoder|decoder)\.norm\.", r"\1.final_layer_norm."),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures into text
+
+CONNECTORS = {  # form: (hidden width in units of T5's, activation)
+    "released": (1, nn.GELU),
+    "paper": (2, nn.SiLU),
+}
+
+
+class Connector(nn.Sequential):
+    """Two-layer MLP from CLIP's space to T5's, patch by patch. (K, P, C_clip) -> (K, P, C_t5)"""
+
+    def __init__(self, vision_width, t5_width, form="released"):
+        factor, activation = CONNECTORS[form]
+        super().__init__(nn.Linear(vision_width, factor * t5_width), activation(),
+                         nn.Linear(factor * t5_width, t5_width))
+
+
+class MultimodalEncoder(nn.Module):
+    """Prompt with reference pictures -> H, one row per token (paper section 3.1)."""
+
+    def __init__(self, vision, t5, connector="released", image_id=32100, t5_decoder=False):
+        super().__init__()
+        self.image_id = image_id
+        self.clip = ClipVision(vision)
+        self.connector = Connector(vision.width, t5.width, connector)
+        self.t5 = T5(t5, decoder=t5_decoder)
+
+    def forward(self, ids, mask, refs=None):
+        """ids, mask: (B, S), padded at the right; refs: (K, 3, H, W) CLIP pixels of all samples, in order of samples.
+
+        Each picture fills the next P `<image>` rows. -> H (B, S, C), padded rows zero; raises InputError where the
+        `<image>` rows and the pictures' patches differ in number.
+        """
+        rows = self.t5.embed(ids)                                                         # (B, S, C)
+        is_image = ids == self.image_id                                                   # (B, S)
+        if refs is None:
+            refs = rows.new_empty(0, 3, 0, 0)
+        wanted, given = int(is_image.sum()), len(refs) * self.clip.config.grid**2
+        if wanted != given:
+            raise InputError(f"the prompts have {wanted} <image> tokens but {len(refs)} reference pictures give {given} "
+                             f"patches; write {self.clip.config.grid**2} <image> tokens for each picture")
+        if len(refs):
+            patches = self.connector(self.clip(refs.type_as(rows)))                       # (K, P, C)
+            rows = rows.masked_scatter(is_image.unsqueeze(-1), patches.type_as(rows))     # in order, as pictures come
+        return self.t5.encode(rows, mask)                                                 # (B, S, C)

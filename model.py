@@ -1,0 +1,465 @@
+"""MENTOR: reference pictures and a prompt in, a new picture out, one token at a time (arXiv 2507.09574).
+
+    prompt ids, reference pictures --encoder.py--> H (B, S, C) --left-pad, projector--> prefix (B, S, D)
+    prefix, image tokens so far --decoder with 2D RoPE--> logits of the next token --guidance, draw--> token
+    T tokens --vqgan.py--> picture
+
+The decoder is LlamaGen's, which is Llama's with rows and columns in place of positions (`rope2d.py`). This file holds
+the sizes, the decoder and its cache, the drawing of tokens, and the whole model.
+
+Shape letters: B batch, S prefix rows, T image tokens (grid * grid), L = S + T, C T5's width, D the decoder's width,
+H heads, V codes. Next: `sample.py` to use it, `train.py` to train it, `weights.py` for how public files are read.
+"""
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+import data
+from data import InputError
+from encoder import MultimodalEncoder, RMSNorm, T5Config, VisionConfig
+from rope2d import apply_rope, prefix_and_image_table
+from vqgan import VQGAN, VQConfig
+
+SIZES = {           # layers, heads, width of the decoder; parameters with 16,384 codes
+    "toy": (2, 4, 64),         # random weights that run anywhere in a second
+    "B": (12, 12, 768),        # 111 M
+    "L": (24, 16, 1024),       # 343 M
+    "XL": (36, 20, 1280),      # 775 M, MENTOR's
+    "XXL": (48, 24, 1536),     # 1.4 B
+    "3B": (24, 32, 3200),      # 3.1 B
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder's form; the defaults are LlamaGen-XL's."""
+    layers: int = 36
+    heads: int = 20
+    width: int = 1280
+    multiple_of: int = 256           # the feed-forward's hidden width is rounded up to this
+    codes: int = 16384
+    dropout: float = 0.1
+    prefix_rope: str = "identity"    # how the prefix is rotated: rope2d.PREFIX_ROPE
+    rope_base: float = 10000.0
+
+    @property
+    def head_dim(self):
+        """Channels a head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self):
+        """Width inside the feed-forward."""
+        return -(-int(8 / 3 * self.width) // self.multiple_of) * self.multiple_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the values a folder carries are its defaults."""
+    cfg_scale: float = 7.5           # classifier-free guidance, 1 = none
+    temperature: float = 1.0         # 0 = always the likeliest token
+    top_k: int = 1000
+    top_p: float = 1.0
+
+    def check(self, codes):
+        """Raises InputError unless every value makes sense for a vocabulary of that many codes."""
+        if not 1 <= self.top_k <= codes:
+            raise InputError(f"top-k is {self.top_k} but must lie between 1 and the vocabulary's {codes}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top-p is {self.top_p} but must lie above 0 and up to 1")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"the temperature is {self.temperature} but must be 0 (greedy) or above")
+        if not math.isfinite(self.cfg_scale):
+            raise InputError(f"the guidance scale is {self.cfg_scale} but must be a finite number; 1 turns it off")
+
+
+@dataclass(frozen=True)
+class MentorConfig:
+    """The whole network; the defaults are MENTOR's published one."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    t5: T5Config = field(default_factory=T5Config)
+    connector: str = "released"      # or "paper": encoder.CONNECTORS
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    vqgan: VQConfig = field(default_factory=VQConfig)
+    prefix_tokens: int = 512         # the longest prefix S
+    image_size: int = 512            # the largest picture, pixels a side
+    image_id: int = 32100            # T5's id of `<image>`
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def grid(self):
+        """Image tokens a side at `image_size`."""
+        return self.image_size // self.vqgan.factor
+
+
+def size_config(size):
+    """A row of SIZES as a MentorConfig; all but "toy" have the published encoders."""
+    layers, heads, width = SIZES[size]
+    decoder = DecoderConfig(layers, heads, width)
+    if size != "toy":
+        return MentorConfig(decoder=decoder)
+    return MentorConfig(
+        vision=VisionConfig(width=64, layers=3, heads=4, mlp=256, image_size=224, patch_size=28),
+        t5=T5Config(width=64, layers=2, heads=4, head_dim=16, mlp=128, vocab_size=260),
+        decoder=replace(decoder, codes=1024),
+        vqgan=VQConfig(channels=16, res_blocks=1, latent=32, codes=1024),
+        prefix_tokens=512, image_size=256, image_id=259, sampling=Sampling(cfg_scale=3.0, top_k=1000))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prefix
+
+class Prefix(NamedTuple):
+    """What stands before the image tokens, padded at the left so that token 0 follows the last row directly."""
+    rows: torch.Tensor         # (B, S, D)
+    valid: torch.Tensor        # (B, S) bool, False = padding
+    is_image: torch.Tensor     # (B, S) bool, True = a reference picture's row
+
+    def repeat(self, n):
+        """The same prefix for n pictures. B = 1 -> B = n"""
+        return Prefix(*(part.expand(n, *part.shape[1:]) for part in self))
+
+
+def left_pad(rows, mask):
+    """Moves every sample's valid rows to the end, zeros before. rows: (B, S, ...), mask: (B, S) bool -> rows' shape"""
+    length = mask.size(1)
+    shift = length - mask.sum(dim=1, keepdim=True)                                        # (B, 1)
+    source = torch.arange(length, device=mask.device) - shift                             # (B, S), negative = padding
+    picked = rows[torch.arange(len(rows), device=mask.device)[:, None], source.clamp(min=0)]
+    return picked * (source >= 0).view(source.shape + (1,) * (rows.dim() - 2)).type_as(rows)
+
+
+class Projector(nn.Module):
+    """From T5's space to the decoder's, with the learned rows that stand for "no condition" (guidance)."""
+
+    def __init__(self, t5_width, width, prefix_tokens):
+        super().__init__()
+        self.fc1 = nn.Linear(t5_width, width, bias=False)
+        self.fc2 = nn.Linear(width, width, bias=False)
+        self.uncond = nn.Parameter(torch.randn(prefix_tokens, t5_width) / t5_width**0.5)
+
+    def forward(self, h):
+        """(..., C) -> (..., D)"""
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+def make_mask(valid):
+    """Causal, padded keys hidden, the diagonal always open so that no row is empty.
+
+    valid: (B, L) bool -> (B, 1, L, L) bool, True = attend
+    """
+    length = valid.size(1)
+    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    diagonal = torch.eye(length, dtype=torch.bool, device=valid.device)
+    return ((causal & valid[:, None, :]) | diagonal).unsqueeze(1)                         # (B, 1, L, L)
+
+
+class KVCache:
+    """Keys and values of all positions of one batch, allocated once: the final length is known."""
+
+    def __init__(self, config, prefix, grid):
+        batch, length = len(prefix.rows), prefix.rows.size(1) + grid * grid
+        self.kv = prefix.rows.new_zeros(config.layers, 2, batch, config.heads, length, config.head_dim)
+        self.attend = F.pad(prefix.valid, (0, grid * grid), value=True)[:, None, None]    # (B, 1, 1, L)
+        self.length = 0            # positions filled so far
+
+    def append(self, layer, k, v):
+        """Writes (B, H, l, hd) behind what is there and returns the layer's keys and values up to there."""
+        end = self.length + k.size(2)
+        self.kv[layer, 0, :, :, self.length:end] = k
+        self.kv[layer, 1, :, :, self.length:end] = v
+        return self.kv[layer, :, :, :, :end]                                              # (2, B, H, end, hd)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotated queries and keys; q, k and v come from one product."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask, cache=None, layer=None):
+        """x: (B, L, D); rope: the table of these L positions; mask: (B, 1, L, keys) bool. -> (B, L, D)"""
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, hd)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                       # (B, H, L, hd)
+        return self.dropout(self.wo(y.transpose(1, 2).flatten(-2)))                       # (B, L, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.width, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind an RMSNorm and beside a shortcut."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm, self.ffn_norm = RMSNorm(config.width, eps=1e-5), RMSNorm(config.width, eps=1e-5)
+
+    def forward(self, x, rope, mask, cache=None, layer=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """Llama-style decoder over [prefix, image tokens] (paper section 3.1; LlamaGen's gpt.py)."""
+
+    def __init__(self, config, patch_grid=16):
+        super().__init__()
+        self.config, self.patch_grid = config, patch_grid
+        self.tok_embeddings = nn.Embedding(config.codes, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, eps=1e-5)
+        self.output = nn.Linear(config.width, config.codes, bias=False)
+
+    def rope(self, prefix, grid):
+        """The rotary table of the whole sequence. -> (1 or B, S + T, head_dim / 2, 2)"""
+        return prefix_and_image_table(self.config.prefix_rope, prefix.is_image, self.patch_grid, grid,
+                                      self.config.head_dim, self.config.rope_base)
+
+    def forward(self, prefix, tokens, grid):
+        """Teacher forcing. tokens: (B, t) the first t of grid * grid image tokens.
+
+        -> logits (B, t + 1, V); logits[:, k] has seen the prefix and tokens[:, :k], so it predicts token k: the last
+        prefix position predicts token 0, and the position of token k predicts token k + 1.
+        """
+        prefix_rows = prefix.rows.size(1)
+        x = torch.cat([prefix.rows, self.tok_embeddings(tokens)], dim=1)                  # (B, S + t, D)
+        mask = make_mask(F.pad(prefix.valid, (0, tokens.size(1)), value=True))            # (B, 1, S + t, S + t)
+        rope = self.rope(prefix, grid)[:, :x.size(1)]
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, rope, mask)
+        return self.output(self.norm(x[:, prefix_rows - 1:]))                             # (B, t + 1, V)
+
+    def prefill(self, prefix, grid):
+        """Reads the prefix into a new cache. -> logits of token 0 (B, V), cache, rotary table"""
+        cache, rope = KVCache(self.config, prefix, grid), self.rope(prefix, grid)
+        return self._cached(prefix.rows, rope, make_mask(prefix.valid), cache), cache, rope
+
+    def decode_step(self, token, cache, rope):
+        """Feeds one token per sample, (B,). -> logits of the next (B, V)"""
+        x = self.tok_embeddings(token).unsqueeze(1)                                       # (B, 1, D)
+        return self._cached(x, rope, cache.attend[..., :cache.length + 1], cache)
+
+    def _cached(self, x, rope, mask, cache):
+        rope = rope[:, cache.length:cache.length + x.size(1)]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache, i)
+        cache.length += x.size(1)
+        return self.output(self.norm(x[:, -1]))                                           # (B, V)
+
+
+def draw_tokens(logits, uniform, sampling):
+    """One token per row: temperature, then top-k, then top-p, then the inverse of the cumulative distribution.
+
+    logits: (B, V); uniform: (B,) numbers in [0, 1), one per row, so that a row's draw depends on nothing else.
+    -> (B,) int64
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    top, index = (logits.float() / sampling.temperature).topk(sampling.top_k, dim=-1)     # (B, k), falling
+    p = top.softmax(dim=-1)
+    p = p * (p.cumsum(dim=-1) - p < sampling.top_p)        # keep a token while those before it fall short of top_p
+    total = p.cumsum(dim=-1)
+    chosen = (total < uniform[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)         # (B, 1)
+    return index.gather(-1, chosen).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+class Mentor(nn.Module):
+    """CLIP, connector, T5, projector, decoder and VQGAN in one, with the tokenizer that goes with them."""
+
+    def __init__(self, config, tokenizer=None, t5_decoder=False):
+        super().__init__()
+        self.config = config
+        self.encoder = MultimodalEncoder(config.vision, config.t5, config.connector, config.image_id, t5_decoder)
+        self.projector = Projector(config.t5.width, config.decoder.width, config.prefix_tokens)
+        self.decoder = Decoder(config.decoder, config.vision.grid)
+        self.vqgan = VQGAN(config.vqgan)
+        self.prompter = tokenizer and data.Prompter(tokenizer, config.vision.grid**2, config.prefix_tokens)
+        self.untrained = ()        # parts that the files given did not hold
+        if next(self.parameters()).device.type != "meta":
+            for part in (self.projector, self.decoder):
+                for module in part.modules():
+                    if isinstance(module, (nn.Linear, nn.Embedding)):
+                        nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(self.decoder.output.weight)
+
+    @property
+    def device(self):
+        """Where the decoder lives."""
+        return self.decoder.output.weight.device
+
+    @property
+    def dtype(self):
+        """What the decoder computes in."""
+        return self.decoder.output.weight.dtype
+
+    def project(self, h, valid, is_image):
+        """Left-padded T5 rows -> Prefix."""
+        return Prefix(self.projector(h.to(self.projector.fc1.weight.dtype)), valid, is_image)
+
+    def prefix(self, ids, mask, refs=None, drop=None):
+        """Prompt and reference pictures -> Prefix, as short as the longest sample allows.
+
+        ids, mask: (B, S) padded at the right; refs: (K, 3, c, c) CLIP pixels of all samples in order; drop: (B,) bool,
+        True = this sample learns the unconditional rows in place of its own (training, p = 0.1).
+        """
+        longest = int(mask.sum(dim=1).max())       # all behind is padding, hidden from every row: compute without it
+        ids, mask = ids[:, :longest], mask[:, :longest]
+        h = left_pad(self.encoder(ids, mask, refs), mask)                                 # (B, S, C)
+        if drop is not None:
+            h = torch.where(drop[:, None, None], self.projector.uncond[-longest:].type_as(h), h)
+        is_image = left_pad(ids == self.config.image_id, mask).bool()
+        return self.project(h, left_pad(mask, mask).bool(), is_image)
+
+    def unconditional(self, prefix):
+        """The learned rows in place of the prompt, under the same mask and at the same length. -> Prefix"""
+        rows = self.projector.uncond[-prefix.rows.size(1):].expand(len(prefix.rows), -1, -1)
+        return self.project(rows, prefix.valid, prefix.is_image)
+
+    def forward(self, ids, mask, refs, tokens, drop=None):
+        """Mean cross entropy over all image tokens. tokens: (B, T); the rest as in `prefix`. -> loss, logits"""
+        logits = self.decoder(self.prefix(ids, mask, refs, drop), tokens[:, :-1], math.isqrt(tokens.size(1)))
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()), logits    # (), (B, T, V)
+
+    @torch.inference_mode()
+    def generate(self, prefix, seeds, sampling=None, grid=None, tokens=None, progress=False):
+        """Draws the image tokens behind a prefix, row i with seeds[i] and so whatever its batch.
+
+        Guidance runs condition and unconditional rows as one batch: logits = u + cfg_scale * (c - u).
+        grid: tokens a side, default the config's; tokens: how many to draw, default all grid * grid.
+        -> (B, tokens) int64
+        """
+        sampling, grid = sampling or self.config.sampling, grid or self.config.grid
+        sampling.check(self.config.decoder.codes)
+        batch, count = len(prefix.rows), tokens or grid * grid
+        guided = sampling.cfg_scale != 1
+        if guided:
+            prefix = Prefix(*map(torch.cat, zip(prefix, self.unconditional(prefix))))     # (2B, S, D)
+        # drawn ahead on the CPU: the same picture on every device, and no waiting for the device in the loop
+        uniform = torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        uniform = uniform.to(self.device)                                                 # (B, T)
+        out = torch.empty(batch, count, dtype=torch.long, device=self.device)
+        logits, cache, rope = self.decoder.prefill(prefix, grid)
+        for k in tqdm(range(count), desc="drawing", unit="token", disable=not progress, leave=False):
+            logits = logits.float()
+            if guided:
+                cond, uncond = logits.chunk(2)
+                logits = uncond + sampling.cfg_scale * (cond - uncond)                    # (B, V)
+            out[:, k] = draw_tokens(logits, uniform[:, k], sampling)
+            if k + 1 < count:
+                fed = out[:, k].repeat(2) if guided else out[:, k]
+                logits = self.decoder.decode_step(fed, cache, rope)
+        return out
+
+    @torch.inference_mode()
+    def draw(self, prompt, refs=(), seed=0, n=1, size=None, progress=False, **sampling):
+        """Pictures of a prompt and reference pictures: the model in one call.
+
+        prompt: as it stands where it contains `<image>`, once per reference, or where there are no references; else
+        "The {file's name} in <image>." is put before it for each. refs: paths or PIL pictures. size: pixels a side.
+        sampling: fields of Sampling that differ from the weights' defaults. -> list of n PIL pictures
+        """
+        size = self.check_size(size or self.config.image_size)
+        if refs and "connector" in self.untrained:
+            raise InputError("these weights hold no trained connector, so they cannot see reference pictures; "
+                             "leave out the references or use MENTOR's weights")
+        if refs and data.IMAGE not in prompt:
+            prompt = data.subject_prompt([data.subject_of(ref) if isinstance(ref, (str, os.PathLike)) else "subject"
+                                          for ref in refs], prompt)
+        pictures = [data.open_image(ref) if isinstance(ref, (str, os.PathLike)) else ref for ref in refs]
+        ids, mask = self.prompter(prompt, len(pictures))
+        pixels = [data.clip_pixels(picture, self.config.vision.image_size) for picture in pictures]
+        pixels = torch.stack(pixels).to(self.device) if pixels else None                  # (K, 3, c, c)
+        prefix = self.prefix(ids[None].to(self.device), mask[None].to(self.device), pixels)
+        tokens = self.generate(prefix.repeat(n), range(seed, seed + n), replace(self.config.sampling, **sampling),
+                               size // self.config.vqgan.factor, progress=progress)
+        return [data.to_image(self.vqgan.decode(row[None])[0]) for row in tokens]
+
+    def check_size(self, size):
+        """Returns the size if these weights can draw it, else raises InputError."""
+        factor, largest = self.config.vqgan.factor, self.config.image_size
+        if size % factor or not 0 < size <= largest:
+            raise InputError(f"these weights draw pictures of up to {largest} pixels a side, in steps of {factor}, "
+                             f"not {size}")
+        return size
+
+    def cast(self, device, dtype):
+        """Moves the model for drawing. fp16 leaves the encoder in fp32, T5 overflows; the VQGAN is always fp32."""
+        self.to(device)
+        self.encoder.to(torch.float32 if dtype == torch.float16 else dtype)
+        self.projector.to(dtype)
+        self.decoder.to(dtype)
+        return self
+
+    @classmethod
+    def random(cls, size="toy", seed=0):
+        """Seeded random weights of a row of SIZES, with a tokenizer that needs no file."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            model = cls(size_config(size), data.byte_tokenizer())
+            nn.init.normal_(model.decoder.output.weight, std=0.02)     # zero would draw without looking
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, weights, **options):
+        """Reads weights: "random", a name of HUB, a hub repository, or a local folder; see `weights.load`."""
+        from weights import load               # it imports this file
+        return load(weights, **options)
+
+    def save_pretrained(self, folder):
+        """Writes model.safetensors, config.json and tokenizer.json; the folder appears complete or not at all."""
+        part = f"{folder}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        os.makedirs(part)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, os.path.join(part, "model.safetensors"))
+        with open(os.path.join(part, "config.json"), "w") as file:
+            json.dump(asdict(self.config), file, indent=1)
+        if self.prompter:
+            self.prompter.tokenizer.save(os.path.join(part, "tokenizer.json"))
+        if os.path.isdir(folder):
+            old = f"{folder}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+            os.rename(part, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(part, folder)
