@@ -115,7 +115,7 @@ def size_config(size):
         t5=T5Config(width=64, layers=2, heads=4, head_dim=16, mlp=128, vocab_size=260),
         decoder=replace(decoder, codes=1024),
         vqgan=VQConfig(channels=16, res_blocks=1, latent=32, codes=1024),
-        prefix_tokens=512, image_size=256, image_id=259, sampling=Sampling(cfg_scale=3.0, top_k=1000))
+        prefix_tokens=512, image_size=256, sampling=Sampling(cfg_scale=3.0, top_k=1000))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,6 +313,9 @@ class Mentor(nn.Module):
         self.decoder = Decoder(config.decoder, config.vision.grid)
         self.vqgan = VQGAN(config.vqgan)
         self.prompter = tokenizer and data.Prompter(tokenizer, config.vision.grid**2, config.prefix_tokens)
+        if tokenizer and self.prompter.image_id != config.image_id:
+            raise InputError(f"the tokenizer gives {data.IMAGE} the id {self.prompter.image_id} but the weights expect "
+                             f"{config.image_id}; use the tokenizer.json that belongs to them")
         self.untrained = ()        # parts that the files given did not hold
         if next(self.parameters()).device.type != "meta":
             for part in (self.projector, self.decoder):
@@ -434,7 +437,8 @@ class Mentor(nn.Module):
         """Seeded random weights of a row of SIZES, with a tokenizer that needs no file."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            model = cls(size_config(size), data.byte_tokenizer())
+            tokenizer = data.byte_tokenizer()
+            model = cls(replace(size_config(size), image_id=tokenizer.get_vocab_size()), tokenizer)
             nn.init.normal_(model.decoder.output.weight, std=0.02)     # zero would draw without looking
         return model.eval()
 

@@ -1,0 +1,104 @@
+"""Shared by all tests: golden outputs, the stand-in weights they were computed with, and where photographs lie.
+
+MENTOR_GOLDEN=folder runs the same tests against another folder of goldens (other salt);
+MENTOR_PHOTOS, MENTOR_TOKENIZERS and MENTOR_MANIFESTS name material that is too large for the repository.
+"""
+import importlib.util
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import weights
+from encoder import T5Config, TextConfig, VisionConfig
+from model import DecoderConfig, MentorConfig, Sampling, size_config
+from vqgan import VQConfig
+
+HERE = pathlib.Path(__file__).parent
+GOLDEN = pathlib.Path(os.environ.get("MENTOR_GOLDEN", HERE / "golden"))
+SHARED = HERE.parent.parent / "shared"
+
+_spec = importlib.util.spec_from_file_location("fill", HERE / "golden" / "fill.py")
+filler = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(filler)
+
+TINY = MentorConfig(
+    vision=VisionConfig(width=32, layers=3, heads=2, mlp=64, image_size=56, patch_size=14),
+    t5=T5Config(width=48, layers=2, heads=3, head_dim=16, mlp=64, vocab_size=264),
+    decoder=DecoderConfig(layers=2, heads=4, width=64, multiple_of=32, codes=64),
+    vqgan=VQConfig(channels=16, multipliers=(1, 1, 2), res_blocks=1, latent=16, codes=64),
+    prefix_tokens=64, image_size=24, image_id=259, sampling=Sampling(cfg_scale=2.0, top_k=64))
+
+
+def material(variable, default):
+    """A folder of material outside the repository; skips the test where there is none."""
+    folder = pathlib.Path(os.environ.get(variable, SHARED / default))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing; set {variable} to a folder of {default}")
+    return folder
+
+
+class Golden:
+    """One golden file: g["name"] is a tensor, g.config and g.salt say what the numbers are."""
+
+    def __init__(self, name):
+        path = GOLDEN / f"{name}.safetensors"
+        if not path.exists():
+            pytest.skip(f"{path} is missing; set MENTOR_GOLDEN to a folder that holds it")
+        with safe_open(path, "pt") as file:
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+            self.config = json.loads(file.metadata()["config"])
+            self.salt = int(file.metadata().get("salt", 0))
+
+    def __getitem__(self, key):
+        return self.tensors[key]
+
+    def noise(self, name, shape):
+        return filler.noise(name, shape, self.salt)
+
+    def fill(self, module, names):
+        """Stand-in weights into the tensors of a module named by {public name: our name}."""
+        state = module.state_dict()
+        values = filler.fill({public: state[ours] for public, ours in names.items()}, self.salt)
+        module.load_state_dict({names[public]: value for public, value in values.items()}, strict=False)
+        return module.eval()
+
+    def fill_by_table(self, module, table):
+        return self.fill(module, {weights.public_name(name, table): name for name in module.state_dict()})
+
+
+def vision_config(c):
+    return VisionConfig(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"],
+                        c["image_size"], c["patch_size"])
+
+
+def text_config(c):
+    return TextConfig(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"],
+                      c["vocab_size"], c["max_position_embeddings"], c["eos_token_id"])
+
+
+def t5_config(c):
+    return T5Config(c["d_model"], c["num_layers"], c["num_heads"], c["d_kv"], c["d_ff"], c["vocab_size"])
+
+
+def decoder_config(c):
+    if isinstance(c, str):
+        return size_config(c.removeprefix("GPT-")).decoder
+    return DecoderConfig(c["n_layer"], c["n_head"], c["dim"], c["multiple_of"], c["vocab_size"])
+
+
+def close(actual, expected, atol):
+    """Within atol everywhere; prints the largest error, which `pytest -rP` shows."""
+    error = (actual - expected).abs().max().item()
+    print(f"largest error {error:.1e}, allowed {atol:.0e}")
+    assert actual.shape == expected.shape and error <= atol
+
+
+@pytest.fixture(autouse=True)
+def no_gradients(request):
+    """Gradients off, but for tests of training."""
+    with torch.set_grad_enabled(request.node.get_closest_marker("gradients") is not None):
+        yield

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from conftest import TINY, Golden, close, t5_config, text_config, vision_config
+
+from data import InputError
+from encoder import CLIP_NAMES, T5, T5_NAMES, Clip, Connector, MultimodalEncoder
+
+
+@pytest.mark.parametrize("name, step, atol", [
+    ("clip-small", 1, 1e-4),
+    pytest.param("clip-vit-l14", 8, 1e-3, marks=pytest.mark.full)])
+def test_clip_agrees_with_the_golden_outputs(name, step, atol):
+    g = Golden(name)
+    vision, text = vision_config(g.config["vision"]), text_config(g.config["text"])
+    clip = g.fill_by_table(Clip(vision, text, g.config["vision"]["projection_dim"]), CLIP_NAMES)
+    pixels = g.noise("pixels", (1, 3, vision.image_size, vision.image_size))
+    close(clip.vision(pixels)[:, ::step, ::step], g["penultimate_patches"], atol)
+    close(clip.embed_image(pixels), g["image_embedding"], atol)
+    close(clip.embed_text(g["text_ids"]), g["text_embedding"], atol)
+
+
+@pytest.mark.parametrize("name, channels, codes, atol", [
+    ("t5-small", 1, 4, 1e-4),
+    ("t5-long", 4, 16, 1e-4),
+    pytest.param("flan-t5-xl-encoder", 16, None, 1e-3, marks=pytest.mark.full)])
+def test_t5_agrees_with_the_golden_outputs(name, channels, codes, atol):
+    g = Golden(name)
+    t5 = g.fill_by_table(T5(t5_config(g.config["config"]), decoder=codes is not None), T5_NAMES)
+    mask = g["attention_mask"].bool()
+    h = t5.encode(t5.embed(g["input_ids"]), mask)
+    close(h[..., ::channels], g["encoder_output"], atol)
+    if codes:
+        close(t5.caption_logits(h, mask, g["labels"])[..., ::codes], g["logits"], atol)
+        close(t5.caption_loss(h, mask, g["labels"]).view(1), g["loss"], 1e-5)
+
+
+def test_padding_changes_nothing_and_padded_rows_are_zero():
+    t5 = T5(TINY.t5, decoder=True).eval()
+    ids = torch.randint(2, 200, (1, 9))
+    short = t5.encode(t5.embed(ids), torch.ones(1, 9, dtype=torch.bool))
+    padded_ids = torch.cat([ids, torch.randint(2, 200, (1, 7))], dim=1)
+    mask = torch.arange(16)[None] < 9
+    long = t5.encode(t5.embed(padded_ids), mask)
+    close(long[:, :9], short, 1e-5)
+    assert (long[:, 9:] == 0).all()
+    labels, padded = torch.tensor([[5, 6, 1]]), torch.tensor([[5, 6, 1, -100, -100]])
+    close(t5.caption_loss(long, mask, padded), t5.caption_loss(short, None, labels), 1e-5)
+
+
+def encoder_and_prompts():
+    encoder = MultimodalEncoder(TINY.vision, TINY.t5, image_id=TINY.image_id).eval()
+    ids = torch.full((2, 40), 7)
+    ids[0, 3:19] = ids[1, 1:17] = ids[1, 20:36] = TINY.image_id            # one picture, two pictures
+    return encoder, ids, torch.ones(2, 40, dtype=torch.bool), torch.randn(3, 3, 56, 56)
+
+
+def test_each_picture_fills_its_own_image_rows_in_order():
+    encoder, ids, mask, refs = encoder_and_prompts()
+    rows = {}
+    encoder.t5.encode, encode = lambda x, mask: rows.setdefault("seen", x), encoder.t5.encode
+    encoder(ids, mask, refs)
+    patches = encoder.connector(encoder.clip(refs))
+    close(rows["seen"][0, 3:19], patches[0], 0)
+    close(rows["seen"][1, 1:17], patches[1], 0)
+    close(rows["seen"][1, 20:36], patches[2], 0)
+    close(rows["seen"][0, 19:], encoder.t5.embed(ids)[0, 19:], 0)
+    encoder.t5.encode = encode
+    swapped = encoder(ids, mask, refs.flip(0))
+    assert (swapped - encoder(ids, mask, refs)).abs().max() > 1e-3
+
+
+def test_a_wrong_number_of_image_tokens_is_an_error_that_counts_them():
+    encoder, ids, mask, refs = encoder_and_prompts()
+    with pytest.raises(InputError, match="48 <image> tokens but 2 reference pictures give 32 patches"):
+        encoder(ids, mask, refs[:2])
+
+
+def test_both_published_connectors_can_be_built():
+    released, paper = Connector(1024, 2048, "released"), Connector(1024, 2048, "paper")
+    assert [tuple(p.shape) for p in released.parameters()] == [(2048, 1024), (2048,), (2048, 2048), (2048,)]
+    assert [tuple(p.shape) for p in paper.parameters()] == [(4096, 1024), (4096,), (2048, 4096), (2048,)]
+    assert isinstance(released[1], torch.nn.GELU) and isinstance(paper[1], torch.nn.SiLU)

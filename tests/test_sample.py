@@ -1,0 +1,128 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import data
+import sample
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOG = str(ROOT / "assets" / "dog.jpg")
+RANDOM = ["--weights", "random"]
+
+
+def draw(*args):
+    sample.main([*RANDOM, *map(str, args)])
+
+
+def pixels(path):
+    return Image.open(path).convert("RGB").tobytes()
+
+
+def test_the_command_of_the_readme_writes_pictures_and_a_sheet_and_says_what_it_did(tmp_path):
+    result = subprocess.run([sys.executable, "sample.py", *RANDOM, "--ref", DOG, "--prompt", "a dog in the snow",
+                             "--n", "2", "--out", tmp_path / "new" / "folder"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for said in ("'The dog in <image>.\\na dog in the snow'", "device: ", "s a picture", "random"):
+        assert said in result.stdout
+    assert "token" in result.stderr                            # the progress bar
+    names = sorted(os.listdir(tmp_path / "new" / "folder"))
+    assert names == ["a-dog-in-the-snow-0.png", "a-dog-in-the-snow-1.png", "a-dog-in-the-snow.png"]
+    assert Image.open(tmp_path / "new" / "folder" / names[0]).size == (256, 256)
+    assert Image.open(tmp_path / "new" / "folder" / names[2]).size == (516, 256)
+
+
+def test_a_picture_can_be_made_again_from_its_file_alone(tmp_path):
+    photo = tmp_path / "dog.jpg"
+    photo.write_bytes(pathlib.Path(DOG).read_bytes())
+    draw("--ref", photo, "--prompt", "x", "--n", 2, "--seed", 4, "--top-p", 0.9, "--cfg", 2, "--size", 128,
+         "--out", tmp_path / "a.png")
+    photo.unlink()                                             # the reference travels in the PNG
+    draw("--like", tmp_path / "a-5.png", "--out", tmp_path / "b.png")
+    assert pixels(tmp_path / "b.png") == pixels(tmp_path / "a-5.png") != pixels(tmp_path / "a-4.png")
+    draw("--like", tmp_path / "a.png", "--out", tmp_path / "c.png")
+    assert pixels(tmp_path / "c.png") == pixels(tmp_path / "a.png")
+    draw("--like", tmp_path / "a-5.png", "--seed", 4, "--out", tmp_path / "d.png")
+    assert pixels(tmp_path / "d.png") == pixels(tmp_path / "a-4.png")
+    settings = json.loads(Image.open(tmp_path / "d.png").info["mentor"])
+    assert settings == {"prompt": "The dog in <image>.\nx", "seed": 4, "n": 1, "size": 128, "weights": "random",
+                        "prefix_rope": "identity", "dtype": "fp32", "cfg_scale": 2.0, "temperature": 1.0,
+                        "top_k": 1000, "top_p": 0.9, "refs": 1}
+
+
+@pytest.mark.parametrize("args, prompt", [
+    (["--prompt", "a castle"], "a castle"),
+    (["--ref", DOG, "--prompt", "p"], "The dog in <image>.\np"),
+    (["--ref", DOG, "--ref", DOG, "--subject", "big dog", "--subject", "small dog", "--prompt", "p"],
+     "The big dog in <image>.\nThe small dog in <image>.\np"),
+    (["--ref", DOG, "--prompt", "Look: <image>, on Mars"], "Look: <image>, on Mars"),
+    (["--ref", DOG, "--task", "segment"], "The dog in <image>."),
+    (["--ref", DOG, "--task", "reconstruct"], "<image>\n"),
+    (["--ref", DOG, "--task", "reconstruct", "--prompt", "a dog"], "The image is <image>\na dog")])
+def test_the_prompt_follows_the_template_of_its_task(tmp_path, args, prompt):
+    draw(*args, "--size", 64, "--out", tmp_path / "x.png")
+    settings = json.loads(Image.open(tmp_path / "x.png").info["mentor"])
+    assert settings["prompt"] == prompt
+
+
+def test_names_of_files_become_subjects():
+    assert data.subject_of("photos/dog.jpg") == "dog"
+    assert data.subject_of("/a/red_boot-03.JPG") == data.subject_of("/a/red_boot/03.jpg") == "red boot"
+
+
+@pytest.mark.parametrize("args, said", [
+    ([], "there is nothing to draw; add --prompt"),
+    (["--prompt", "x", "--ref", "nowhere.jpg"], "nowhere.jpg: no such file"),
+    (["--prompt", "x", "--ref", __file__], "test_sample.py: not a picture"),
+    (["--prompt", "<image> and <image>", "--ref", DOG], "2 <image> but 1 reference"),
+    (["--prompt", "<image>"], "1 <image> but 0 reference"),
+    (["--prompt", "x", *["--ref", DOG] * 9], "576"),           # 9 pictures x 64 patches; the prefix has 512 tokens
+    (["--prompt", "word " * 200], "but the prefix has 512; use fewer reference pictures or a shorter prompt"),
+    (["--prompt", "x", "--subject", "dog"], "--subject names a reference picture"),
+    (["--prompt", "x", "--ref", DOG, "--subject", "a", "--subject", "b"], "2 --subject were given for 1 --ref"),
+    (["--task", "segment"], "takes one --ref but 0 were given"),
+    (["--prompt", "x", "--top-k", "0"], "top-k is 0"),
+    (["--prompt", "x", "--top-k", "1025"], "top-k is 1025"),
+    (["--prompt", "x", "--top-p", "0"], "top-p is 0"),
+    (["--prompt", "x", "--top-p", "1.1"], "top-p is 1.1"),
+    (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+    (["--prompt", "x", "--cfg", "nan"], "guidance scale is nan"),
+    (["--prompt", "x", "--n", "0"], "--n is 0"),
+    (["--prompt", "x", "--seed", "-1"], "--seed is -1"),
+    (["--prompt", "x", "--size", "512"], "up to 256 pixels"),
+    (["--prompt", "x", "--size", "100"], "steps of 16, not 100"),
+    (["--prompt", "x", "--device", "teapot"], "--device teapot does not work here"),
+    (["--prompt", "x", "--weights", "no such thing"], "no such folder of weights"),
+    (["--prompt", "x", "--weights", "random-XXXL"], "no such size"),
+    (["--like", DOG], "dog.jpg: carries no settings"),
+    (["--like", "gone.png"], "gone.png: no such file")])
+def test_bad_input_is_one_clear_sentence_and_leaves_no_file(tmp_path, capsys, monkeypatch, args, said):
+    weights = [] if "--weights" in args else RANDOM
+    monkeypatch.setattr(sys, "argv", ["sample.py", *weights, *args, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        data.run(sample.main)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and said in printed.err and "Traceback" not in printed.err
+    assert printed.err.strip().splitlines()[-1].startswith("sample.py: error: ")
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names]
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(sample.Mentor, "from_pretrained", lambda *a, **k: pytest.fail("read the model first"))
+    with pytest.raises(data.InputError, match="cannot be written"):
+        draw("--prompt", "x", "--out", tmp_path / "file" / "x.png")
+
+
+@pytest.mark.full
+def test_a_full_size_picture_stays_under_16_gib():
+    code = ("import resource, sample; sample.main(['--weights', 'random-XL', '--size', '64', '--prompt', 'a cat', "
+            "'--ref', 'assets/dog.jpg', '--out', 'out/test/xl.png']); "
+            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split("peak ")[1]) < 16 * 2**20   # KiB
