@@ -1,19 +1,44 @@
-"""Pictures and prompts in, tensors out.
+"""Pictures, prompts and rows of training data in, tensors out.
 
 Everything the network sees passes through here: a reference photograph becomes CLIP pixels, a target picture becomes
 VQGAN pixels, a task's prompt template is filled in, and the text becomes T5 ids in which every reference picture
 holds one `<image>` token per CLIP patch. Nothing here computes with the network.
 
+Training data is a JSON-lines file in the layout MENTOR released; paths are absolute or relative to the file's folder:
+
+    t2i          {"input_text": caption, "source_image": picture, "generation_only": true}
+    reconstruct  {"input_text": caption, "source_image": picture}
+    segment      {"source_image": picture, "image_path": mask, "objects": "dog", "do_mask": true}
+    recover      {"source_image": picture, "image_path": mask, "objects": "dog", "do_replace": true, "input_text": ...}
+    subject      {"source_image": target, "image_path": reference, "objects": "dog", "input_text": prompt}
+    multi        {"source_image": picture, "image_path": [mask, ...], "objects": ["dog", ...], "input_text": caption};
+                 with "input_img_list": true the list holds input pictures, used as they are
+
+    python data.py folder my_pictures                                        # makes such a file from your own pictures
+    python data.py look my_pictures/data.jsonl                               # shows what the network will see
+    python data.py encode my_pictures/data.jsonl --weights W --out codes     # spares training the VQGAN's encoder
+
 Next: `encoder.py` turns these tensors into the prefix the decoder reads.
 """
+import argparse
+import hashlib
+import json
 import os
 import re
 import sys
+import textwrap
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 IMAGE = "<image>"          # in a prompt: here stands a reference picture
 MAX_PIXELS = 180_000_000   # a larger picture is taken for a decompression bomb
@@ -196,3 +221,501 @@ class Prompter:
         padded = torch.zeros(self.max_tokens, dtype=torch.long)
         padded[:len(ids)] = torch.tensor(ids)
         return padded, torch.arange(self.max_tokens) < len(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of training data
+
+TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a JSONL file; paths are joined with the file's folder."""
+    name: str           # file.jsonl:LINE
+    task: str           # one of TASKS, or "background"
+    source: str         # the picture; of a subject-driven pair the target
+    text: str           # caption or prompt
+    swapped_text: str   # the prompt when a pair is used the other way round
+    images: tuple       # for each object its mask or input picture
+    objects: tuple
+    as_is: bool         # images are input pictures, not masks
+    key: int            # stands for the line's content, to find its codes
+
+
+def parse_row(line, path, number):
+    """One line (bytes) of a file -> Row; a ValueError says what is wrong with it."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise InputError("not a JSON object; write one {...} a line")
+
+    def texts(key):
+        value = record.get(key) or []
+        value = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in value):
+            raise InputError(f'"{key}" must be text, not {str(record[key])[:80]}')
+        return tuple(value)
+
+    images, objects, flag = texts("image_path"), texts("objects"), record.get
+    text, swapped, source, background = ("".join(texts(key)) for key in
+                                         ("input_text", "swapped_text", "source_image", "input_image"))
+    task = ("background" if background else "t2i" if flag("generation_only") else "multi" if flag("input_img_list")
+            or objects and isinstance(record["objects"], list) else "recover" if flag("do_replace")
+            else "segment" if flag("do_mask") else "subject" if objects else "reconstruct")
+    if not objects and len(images) == 1:
+        source = images[0]               # without objects image_path is the target picture
+    source = source or background
+    needs = {"source_image": source}
+    if task in ("segment", "recover", "subject", "multi"):
+        needs |= {"objects": objects, "image_path": images}
+    if task in ("t2i", "recover", "subject", "multi"):
+        needs["input_text"] = text or task != "t2i" and "input_text" in record
+    for key in (key for key, value in needs.items() if not value):
+        raise InputError(f'"{key}" is missing; a row of task {task} needs it')
+    if len(objects) != len(images) and ("objects" in needs or len(images) > 1):
+        raise InputError(f"{len(objects)} object(s) but {len(images)} path(s) in image_path; give one for each")
+    place = "/".join(os.path.abspath(path).split(os.sep)[-2:])       # the same wherever the data is moved to
+    key = hashlib.blake2b(place.encode() + line.strip(), digest_size=7).digest()
+    source, *images = (os.path.join(os.path.dirname(path), file) for file in (source, *images))
+    return Row(f"{path}:{number}", task, source, text, swapped or text, tuple(images), objects,
+               bool(flag("input_img_list")), int.from_bytes(key, "big"))
+
+
+def read_rows(paths):
+    """JSONL files -> (rows, problems, number of lines); a line that cannot be used is a problem named file:line."""
+    rows, problems, lines = [], [], 0
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; give a JSONL file of training data") from None
+        lines += len(numbered)
+        for number, line in numbered:
+            try:
+                rows.append(parse_row(line, path, number))
+            except InputError as error:
+                problems.append(f"{path}:{number}: {error}")
+            except ValueError as error:                              # no JSON, or bytes that are no text
+                problems.append(f"{path}:{number}: not JSON ({error}); write one object a line")
+    return rows, problems, lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a row to pictures and prompt (spec of the released data)
+
+CAPTION_DROP = 0.5       # reconstruction: how often the picture comes without its caption
+SCALE = (0.1, 1.0)       # recovery: longer side of the pasted object, as a share of the frame
+WARPED = 0.5             # how often it is also turned, stretched, sheared and bent in perspective:
+TURN, STRETCH, SHEAR, BEND = 20, (0.7, 1.3), 0.3, 0.2    # up to degrees, factors, slope, share of the side
+
+
+def open_mask(path, picture):
+    """The mask of a picture: (H, W) bool, True = object."""
+    mask = np.asarray(open_image(path)).max(axis=-1) > 0
+    if mask.shape != picture.size[::-1]:
+        raise InputError(f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} but its picture {picture.width} x "
+                         f"{picture.height}; make them the same size")
+    if not mask.any():
+        raise InputError(f"{path}: the mask is empty, nothing in it is above zero; draw it or remove the row")
+    return mask
+
+
+def box_of(mask):
+    """(left, top, right, bottom) around a mask."""
+    columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def on_black(picture, mask):
+    """The object of the mask alone, everything else black."""
+    return Image.fromarray(np.asarray(picture) * mask[:, :, None])
+
+
+def homography(corners, sources):
+    """The eight numbers with which Image.transform shows the points `sources` (4, 2) at `corners` (4, 2)."""
+    equations, values = [], []
+    for (x, y), (u, v) in zip(corners, sources):
+        equations += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        values += [u, v]
+    return np.linalg.solve(equations, values)
+
+
+def recovery_input(picture, mask, background, size, rng):
+    """Recovery: the object, scaled and half the time warped, at a random place of a (size, size) background."""
+    left, top, right, bottom = box_of(mask)
+    cut = picture.crop((left, top, right, bottom))
+    cut.putalpha(Image.fromarray(mask[top:bottom, left:right]).convert("L"))
+    unit = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=float)
+    corners = (unit - 0.5) * cut.size                                                     # (4, 2), x and y
+    if rng.random() < WARPED:
+        corners += rng.uniform(-BEND, BEND, (4, 2)) * cut.size
+        angle = np.radians(rng.uniform(-TURN, TURN))
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        stretch = np.array([[rng.uniform(*STRETCH), rng.uniform(-SHEAR, SHEAR)], [0, rng.uniform(*STRETCH)]])
+        corners = corners @ (turn @ stretch).T
+    corners -= corners.min(axis=0)
+    corners *= rng.uniform(*SCALE) * size / corners.max()
+    longer = int(np.ceil(corners.max()))
+    corners += rng.uniform(size=2) * (size - corners.max(axis=0))
+    cut.thumbnail((longer, longer))      # a warp reads single pixels: shrink first, so that texture is averaged
+    cut = cut.transform((size, size), Image.PERSPECTIVE, homography(corners, unit * cut.size), Image.BICUBIC)
+    frame = center_square(background, size)
+    frame.paste(cut, mask=cut)
+    return frame
+
+
+def multi_reference(picture, mask, rng):
+    """Multi-subject: the object cut out on black or as its box shows it, in a square; outside the picture is black."""
+    left, top, right, bottom = box_of(mask)
+    side = max(right - left, bottom - top)
+    left, top = (left + right - side) // 2, (top + bottom - side) // 2
+    picture = on_black(picture, mask) if rng.random() < 0.5 else picture
+    return picture.crop((left, top, left + side, top + side))
+
+
+def compose(task, row, order, rng, background=None, size=448):
+    """A row as its task shows it -> (prompt, [PIL reference pictures], function that gives the PIL target).
+
+    order: 1 = a subject-driven pair the other way round. background, size: of the recovery input, pixels a side.
+    """
+    if task in ("t2i", "picture"):
+        return row.text if task == "t2i" else "", [], lambda: open_image(row.source)
+    if task == "subject":
+        reference, target, text = ((row.source, row.images[0], row.swapped_text) if order else
+                                   (row.images[0], row.source, row.text))
+        return subject_prompt(row.objects, text), [open_image(reference)], lambda: open_image(target)
+    if task == "multi" and row.as_is:
+        references = [open_image(path) for path in row.images]
+        return subject_prompt(row.objects, row.text), references, lambda: open_image(row.source)
+    picture = open_image(row.source)
+    if task == "caption":
+        return IMAGE, [picture], None
+    if task == "reconstruct":
+        return reconstruct_prompt("" if rng.random() < CAPTION_DROP else row.text), [picture], lambda: picture
+    masks = [open_mask(path, picture) for path in row.images]
+    if task == "segment":
+        return segment_prompt(row.objects[0]), [picture], lambda: on_black(picture, masks[0])
+    if task == "recover":
+        references = [recovery_input(picture, masks[0], background, size, rng)]
+    else:
+        references = [multi_reference(picture, mask, rng) for mask in masks]
+    return subject_prompt(row.objects, row.text), references, lambda: picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training set
+
+CAPTION_TOKENS = 128     # labels of the connector stage; of a longer caption the beginning is learned
+TRIES = 20               # rows drawn in place of a damaged one before giving up
+
+
+class Codes:
+    """VQ tokens written by `python data.py encode`, found by a sample's key."""
+
+    def __init__(self, folder, image_size):
+        self.path, self.file = os.path.join(folder, "codes.safetensors"), None
+        try:
+            with safe_open(self.path, "pt") as file:
+                self.keys, made_for = file.get_tensor("keys").numpy(), int(file.metadata()["image_size"])
+        except Exception as error:
+            raise InputError(f"{self.path}: no codes ({error}); make them with `python data.py encode`") from None
+        if made_for != image_size:
+            raise InputError(f"{self.path}: made for pictures of {made_for} pixels, not {image_size}; encode them again")
+
+    def __getitem__(self, key):
+        """-> (T,) int64"""
+        self.file = self.file or safe_open(self.path, "pt")          # here, so that each worker opens its own
+        i = int(np.searchsorted(self.keys, key))
+        if i == len(self.keys) or self.keys[i] != key:
+            raise InputError(f"{self.path}: no codes of this row, it was damaged then or changed since; encode it again")
+        return self.file.get_slice("tokens")[i].long()
+
+
+class TaskData(Dataset):
+    """Samples of the tasks by their position in the training run.
+
+    paths: JSONL files. image_size, clip_size: pixels a side of targets and of references. weights: {task: its share of
+    the samples}, None as a share = as many as it has rows, no weights = all of TASKS that the rows hold; besides TASKS
+    there are "caption" (a picture's caption as labels, for the connector) and "picture" (the target alone, for the
+    tokenizer). backgrounds: JSONL files with `input_image`, for recovery; default the other rows' pictures. codes: a
+    folder made by `encode`, whose tokens come in place of target pixels.
+
+    Everything random is drawn from (seed, epoch, position): sample k is the same whatever the number of workers and
+    ranks, and a run resumes by asking for the next k. `problems` names the lines that cannot be used, of `lines` read.
+    """
+
+    def __init__(self, paths, prompter, image_size, clip_size, weights=None, seed=0, backgrounds=(), codes=None):
+        (self.rows, *problems), (self.backgrounds, *more) = read_rows(paths), read_rows(backgrounds)
+        self.problems, self.lines = (a + b for a, b in zip(problems, more))
+        self.prompter, self.image_size, self.clip_size, self.seed = prompter, image_size, clip_size, seed
+        self.codes = Codes(codes, image_size) if codes else None
+        found = {task: n for task in TASKS if (n := sum(row.task == task for row in self.rows))}
+        weights = weights or dict.fromkeys(found)
+        self.entries = {task: self.entries_of(task) for task, weight in weights.items() if weight != 0}
+        self.tasks, sizes = list(self.entries), [len(entries) for entries in self.entries.values()]
+        if "caption" in self.tasks and len(self.tasks) > 1:
+            raise InputError("captioning has labels in place of a target picture; give no other task beside it")
+        if not sizes or 0 in sizes:
+            lacking = " and ".join(task for task in self.tasks if not len(self.entries[task])) or "any task"
+            raise InputError(f"{', '.join(map(str, paths))}: no row for {lacking}; rows it has: {found or 'none'}"
+                             + "".join(f"; {problem}" for problem in self.problems[:1]))
+        shares = np.array([size if weights[task] is None else weights[task] for task, size in zip(self.tasks, sizes)])
+        exact = shares / shares.sum() * sum(sizes)
+        counts = exact.astype(int)                                   # rounded down, the largest remainders up
+        counts[np.argsort(counts - exact, kind="stable")[:sum(sizes) - counts.sum()]] += 1
+        self.counts = dict(zip(self.tasks, counts.tolist()))         # samples in an epoch
+        self.planned = None, None                                    # (epoch, its plan)
+
+    def entries_of(self, task):
+        """Which rows serve a task, pairs in both orders. -> (n, 2) int64: row, order"""
+        if task == "caption":
+            serves = [row.task in ("t2i", "reconstruct") and row.text != "" for row in self.rows]
+        else:
+            serves = [row.task == task or task == "picture" for row in self.rows]
+        rows, orders = np.flatnonzero(serves), 2 if task == "subject" else 1
+        return np.column_stack([rows.repeat(orders), np.tile(np.arange(orders), len(rows))])
+
+    def __len__(self):
+        """Samples in an epoch: as many as there are entries."""
+        return sum(self.counts.values())
+
+    def plan(self, epoch):
+        """What an epoch shows, in order. -> (len(self), 3) int64: index into `tasks`, row, order
+
+        A task goes through one permutation of its entries after the other, across epochs, so that it shows each of
+        them equally often whatever its weight.
+        """
+        if self.planned[0] != epoch:
+            parts = []
+            for number, (task, entries) in enumerate(self.entries.items()):
+                count = self.counts[task]
+                first, start = divmod(epoch * count, len(entries))
+                passes = [np.random.default_rng((self.seed, number, first + i)).permutation(entries)
+                          for i in range((start + count) // len(entries) + 1)]
+                chosen = np.concatenate(passes)[start:start + count]                      # (count, 2)
+                parts.append(np.column_stack([np.full(count, number), chosen]))
+            self.planned = epoch, np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(parts))
+        return self.planned[1]
+
+    def background(self, row, rng, problems):
+        """Another picture for the object of this row to stand on; damaged ones are added to `problems`."""
+        pool = self.backgrounds or self.rows
+        for other in (pool[i] for i in rng.integers(len(pool), size=TRIES)):
+            try:
+                if other.source != row.source:
+                    return open_image(other.source)
+            except InputError as error:
+                problems.append(f"{other.name}: {error}")
+        raise InputError("no other picture to paste its object on; give a JSONL of backgrounds")
+
+    def sample(self, task, row, order, rng, problems):
+        """One entry as tensors; InputError says why it cannot be used.
+
+        -> dict: task, name, key, prompt, ids (S,), mask (S,), refs (n, 3, c, c), problems, and one of target
+        (3, size, size), tokens (T,), labels (CAPTION_TOKENS,) padded with -100
+        """
+        background = self.background(row, rng, problems) if task == "recover" else None
+        # recovery is painted at twice the size, for CLIP's preprocessing to average
+        prompt, pictures, target = compose(task, row, order, rng, background, 2 * self.clip_size)
+        ids, mask = self.prompter(prompt, len(pictures))
+        refs = [torch.empty(0, 3, self.clip_size, self.clip_size)]
+        refs += [clip_pixels(picture, self.clip_size)[None] for picture in pictures]
+        sample = {"task": task, "name": row.name, "key": row.key * 2 + int(order), "prompt": prompt, "ids": ids,
+                  "mask": mask, "refs": torch.cat(refs), "problems": problems}
+        if task == "caption":
+            labels = torch.tensor(self.prompter.tokenizer.encode(row.text).ids[:CAPTION_TOKENS])
+            sample["labels"] = F.pad(labels, (0, CAPTION_TOKENS - len(labels)), value=-100)
+        elif self.codes and task in TASKS:
+            sample["tokens"] = self.codes[sample["key"]]
+        else:
+            sample["target"] = target_pixels(target(), self.image_size)
+        return sample
+
+    def __getitem__(self, k):
+        """Sample k of the run, epoch k // len. A damaged row is replaced by a drawn one and named in "problems"."""
+        epoch, position = divmod(k, len(self))
+        rng = np.random.default_rng((self.seed, epoch, position))
+        number, row, order = self.plan(epoch)[position]
+        task, problems = self.tasks[number], []
+        for _ in range(TRIES):
+            try:
+                return self.sample(task, self.rows[row], order, rng, problems)
+            except InputError as error:
+                problems.append(f"{self.rows[row].name}: {error}")
+                row, order = rng.choice(self.entries[task])
+        raise InputError(f"task {task}: {TRIES} rows one after the other cannot be used; mend the data:\n"
+                         + "\n".join(dict.fromkeys(problems)))
+
+
+def collate(samples):
+    """Samples of one kind -> batch: ids and mask (B, S), refs (K, 3, c, c) flat in batch order, one of target
+    (B, 3, size, size), tokens (B, T) and labels (B, L), and the lists tasks, names, keys, prompts, problems."""
+    batch = {f"{key}s": [sample[key] for sample in samples] for key in ("task", "name", "key", "prompt")}
+    batch["problems"] = [problem for sample in samples for problem in sample["problems"]]
+    batch["refs"] = torch.cat([sample["refs"] for sample in samples])
+    return batch | {key: torch.stack([sample[key] for sample in samples])
+                    for key in ("ids", "mask", "target", "tokens", "labels") if key in samples[0]}
+
+
+def batches(dataset, start, stop, micro, rank=0, world=1, workers=0):
+    """Yields this rank's micro-batches of samples start .. stop - 1, in order, read ahead by worker processes.
+
+    The i-th begins at sample start + (i * world + rank) * micro. So with a global batch of G = accum * world * micro
+    the ranks together see samples start + g * G .. start + (g + 1) * G - 1 in step g, whatever the world size.
+    """
+    assert world == 1 or (stop - start) % (micro * world) == 0, f"{stop - start} is no multiple of {micro} x {world}"
+    chunks = [range(i, min(i + micro, stop)) for i in range(start + rank * micro, stop, micro * world)]
+    # a worker computes on one thread (PyTorch sees to it) and lives over all epochs
+    loader = DataLoader(dataset, batch_sampler=chunks, collate_fn=collate, num_workers=workers,
+                        prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
+    try:
+        yield from loader
+    except InputError as error:          # a worker's comes with its traceback before it
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+
+
+class Problems:
+    """Counts what cannot be used, names each problem once through `log`, and stops the run when it is too much."""
+
+    def __init__(self, log=print, share=0.05, least=20):
+        self.log, self.share, self.least = log, share, least
+        self.named, self.failed, self.seen = {}, 0, 0
+
+    def add(self, problems, seen):
+        """problems: those met in `seen` more samples. InputError once more than `share` of `least` or more failed."""
+        self.failed, self.seen = self.failed + len(problems), self.seen + seen
+        for problem in dict.fromkeys(problems):
+            if problem not in self.named:
+                self.named[problem] = True
+                self.log(f"skipped {problem}")
+        if self.seen >= self.least and self.failed > self.share * self.seen:
+            raise InputError(f"{self.failed} of {self.seen} samples failed, more than {self.share:.0%}; mend the data:\n"
+                             + "\n".join(list(self.named)[:20]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+def every_sample(data, micro, workers):
+    """Each entry of a TaskData without weights in one epoch: yields batches under a progress bar, names problems."""
+    problems = dict.fromkeys(data.problems)
+    for batch in tqdm(batches(data, 0, len(data), micro, workers=workers), total=-(-len(data) // micro)):
+        problems |= dict.fromkeys(batch["problems"])
+        yield batch
+    print(*(f"{n:8,} {task}" for task, n in data.counts.items()), f"{len(problems):8,} problem(s)", *problems, sep="\n")
+
+
+def tile(batch, places, side=144, lines=4):
+    """One sample as the network sees it: references, then the framed target, under them the prompt. -> PIL RGB"""
+    refs = batch["refs"] * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    pictures = [to_image(picture).resize((side, side)) for picture in (*(2 * refs - 1), batch["target"][0])]
+    canvas = Image.new("RGB", (places * (side + 4) + 12, side + 14 * lines), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, picture in enumerate(pictures):
+        canvas.paste(picture, (i * (side + 4), 0))
+    draw.rectangle((i * (side + 4), 0, i * (side + 4) + side - 1, side - 1), outline="red", width=3)
+    words = f"{batch['tasks'][0]}: {batch['prompts'][0]}".encode("ascii", "replace").decode()  # what the font can write
+    draw.text((2, side), "\n".join(textwrap.wrap(words, canvas.width // 6)[:lines]), "black")
+    return canvas
+
+
+def look(args):
+    """Tries every row, shows on a contact sheet what the network will see, counts tasks and names problems."""
+    prompter = (Prompter(load_tokenizer(args.tokenizer), max_tokens=args.max_tokens) if args.tokenizer
+                else Prompter(byte_tokenizer(), patches=1, max_tokens=1 << 16))
+    data = TaskData(args.data, prompter, 256, 224, backgrounds=args.backgrounds)
+    shown = {task: [] for task in data.tasks}
+    for batch in every_sample(data, 1, args.workers):
+        if len(shown[batch["tasks"][0]]) < args.n:
+            shown[batch["tasks"][0]].append(batch)
+    places = max(len(batch["refs"]) for row in shown.values() for batch in row) + 1
+    tiles = []
+    for row in shown.values():           # a line for each task
+        tiles += [tile(batch, places) for batch in row]
+        tiles += [Image.new("RGB", tiles[0].size, "white")] * (args.n - len(row))
+    contact_sheet(tiles, columns=args.n).save(args.out, "PNG")
+    print(f"wrote {args.out}")
+
+
+def encode(args):
+    """Turns every target into VQ tokens once: codes.safetensors with keys (N,) int64 and tokens (N, T) int32."""
+    from model import Mentor
+    mentor = Mentor.from_pretrained(args.weights)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vqgan, size = mentor.vqgan.to(device), mentor.check_size(args.size or mentor.config.image_size)
+    prompter = Prompter(byte_tokenizer(), patches=1, max_tokens=1 << 16)                  # prompts do not matter here
+    data = TaskData(args.data, prompter, size, 32, backgrounds=args.backgrounds)
+    keys, tokens = [], []
+    for batch in every_sample(data, args.batch, args.workers):
+        keys += batch["keys"]
+        tokens.append(vqgan.encode(batch["target"].to(device)).cpu().int())               # (B, T)
+    keys, first = np.unique(keys, return_index=True)                 # ascending; a stand-in for a damaged row is double
+    os.makedirs(args.out, exist_ok=True)
+    path = os.path.join(args.out, "codes.safetensors")
+    save_file({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, f"{path}.partial",
+              metadata={"image_size": str(size)})
+    os.replace(f"{path}.partial", path)
+    print(f"wrote {path}")
+
+
+def folder(args):
+    """Makes a JSONL of a folder in which dog-00.jpg shows a dog, dog-00.txt is its caption and dog-00.mask.png its
+    mask; text and mask may be absent, and pictures of one name are pairs. Writes --out, default data.jsonl in it."""
+    names = sorted(os.listdir(args.pictures)) if os.path.isdir(args.pictures) else ()
+    pictures = [name for name in names if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"))
+                and not name.lower().endswith(".mask.png")]
+    if not pictures:
+        raise InputError(f"{args.pictures}: no folder with pictures; put some there as dog-00.jpg, dog-01.jpg, ...")
+    out = args.out or os.path.join(args.pictures, "data.jsonl")
+    place = os.path.relpath(args.pictures, os.path.dirname(out) or ".")
+    rows, subjects = [], {}
+    for name in pictures:
+        stem, row = os.path.splitext(name)[0], {"input_text": "", "source_image": os.path.join(place, name)}
+        if f"{stem}.txt" in names:
+            with open(os.path.join(args.pictures, f"{stem}.txt"), encoding="utf-8", errors="replace") as file:
+                row["input_text"] = file.read().strip()
+        rows += [row] + [row | {"generation_only": True}] * (row["input_text"] != "")
+        masked = row | {"image_path": os.path.join(place, f"{stem}.mask.png"), "objects": subject_of(name)}
+        if f"{stem}.mask.png" in names:
+            rows += [masked | {"do_mask": True}, masked | {"do_replace": True}]
+        subjects.setdefault(subject_of(name), []).append(row)
+    for subject, shots in subjects.items():
+        for i, target in enumerate(shots):
+            for reference in shots[i + 1:i + 5]:         # a few neighbours: all pairs would drown the other tasks
+                rows.append(target | {"objects": subject, "image_path": reference["source_image"],
+                                      "swapped_text": reference["input_text"]})
+    with open(out, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"wrote {out}: {len(rows):,} rows of {len(pictures):,} pictures, {len(subjects):,} subject(s)")
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made = {function: commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+            for function in (look, encode, folder)}
+    for function, command in made.items():
+        command.set_defaults(run=function)
+        if function is not folder:
+            command.add_argument("data", nargs="+", metavar="DATA.jsonl")
+            command.add_argument("--backgrounds", nargs="+", default=[], help="JSONL of pictures to recover objects from")
+            command.add_argument("--workers", type=int, default=2, help="processes that read pictures (default 2)")
+    made[look].add_argument("--out", default="look.png", help="the sheet, a PNG (default look.png)")
+    made[look].add_argument("--n", type=int, default=3, help="samples shown of each task (default 3)")
+    made[look].add_argument("--tokenizer", metavar="tokenizer.json", help="FLAN-T5's, to find prompts too long for it")
+    made[look].add_argument("--max-tokens", type=int, default=512, help="the prefix length, with --tokenizer")
+    made[encode].add_argument("--weights", required=True, help="a model folder")
+    made[encode].add_argument("--out", required=True, help="folder for the codes")
+    made[encode].add_argument("--size", type=int, help="pixels a side (default the model's)")
+    made[encode].add_argument("--batch", type=int, default=8, help="pictures encoded at once (default 8)")
+    made[folder].add_argument("pictures", metavar="PICTURES")
+    made[folder].add_argument("--out", metavar="DATA.jsonl")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    import data                # not this file's own copy: model.py raises the InputError of module `data`
+    data.run(data.main)

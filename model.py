@@ -339,16 +339,14 @@ class Mentor(nn.Module):
         return Prefix(self.projector(h.to(self.projector.fc1.weight.dtype)), valid, is_image)
 
     def prefix(self, ids, mask, refs=None, drop=None):
-        """Prompt and reference pictures -> Prefix, as short as the longest sample allows.
+        """Prompt and reference pictures -> Prefix.
 
         ids, mask: (B, S) padded at the right; refs: (K, 3, c, c) CLIP pixels of all samples in order; drop: (B,) bool,
         True = this sample learns the unconditional rows in place of its own (training, p = 0.1).
         """
-        longest = int(mask.sum(dim=1).max())       # all behind is padding, hidden from every row: compute without it
-        ids, mask = ids[:, :longest], mask[:, :longest]
         h = left_pad(self.encoder(ids, mask, refs), mask)                                 # (B, S, C)
         if drop is not None:
-            h = torch.where(drop[:, None, None], self.projector.uncond[-longest:].type_as(h), h)
+            h = torch.where(drop[:, None, None], self.projector.uncond[-h.size(1):].type_as(h), h)
         is_image = left_pad(ids == self.config.image_id, mask).bool()
         return self.project(h, left_pad(mask, mask).bool(), is_image)
 
@@ -358,9 +356,9 @@ class Mentor(nn.Module):
         return self.project(rows, prefix.valid, prefix.is_image)
 
     def forward(self, ids, mask, refs, tokens, drop=None):
-        """Mean cross entropy over all image tokens. tokens: (B, T); the rest as in `prefix`. -> loss, logits"""
+        """Cross entropy of every image token. tokens: (B, T); the rest as in `prefix`. -> losses (B, T), logits"""
         logits = self.decoder(self.prefix(ids, mask, refs, drop), tokens[:, :-1], math.isqrt(tokens.size(1)))
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()), logits    # (), (B, T, V)
+        return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none"), logits   # and (B, T, V)
 
     @torch.inference_mode()
     def generate(self, prefix, seeds, sampling=None, grid=None, tokens=None, progress=False):
@@ -409,9 +407,10 @@ class Mentor(nn.Module):
                                           for ref in refs], prompt)
         pictures = [data.open_image(ref) if isinstance(ref, (str, os.PathLike)) else ref for ref in refs]
         ids, mask = self.prompter(prompt, len(pictures))
+        ids, mask = ids[None, mask].to(self.device), mask[None, mask].to(self.device)     # without padding
         pixels = [data.clip_pixels(picture, self.config.vision.image_size) for picture in pictures]
         pixels = torch.stack(pixels).to(self.device) if pixels else None                  # (K, 3, c, c)
-        prefix = self.prefix(ids[None].to(self.device), mask[None].to(self.device), pixels)
+        prefix = self.prefix(ids, mask, pixels)
         tokens = self.generate(prefix.repeat(n), range(seed, seed + n), replace(self.config.sampling, **sampling),
                                size // self.config.vqgan.factor, progress=progress)
         return [data.to_image(self.vqgan.decode(row[None])[0]) for row in tokens]
@@ -433,14 +432,13 @@ class Mentor(nn.Module):
         return self
 
     @classmethod
-    def random(cls, size="toy", seed=0):
-        """Seeded random weights of a row of SIZES, with a tokenizer that needs no file."""
+    def random(cls, size="toy", seed=0, t5_decoder=False):
+        """Seeded weights of a row of SIZES, ready to be trained, with a tokenizer that needs no file."""
+        tokenizer = data.byte_tokenizer()
+        config = replace(size_config(size), image_id=tokenizer.get_vocab_size())
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            tokenizer = data.byte_tokenizer()
-            model = cls(replace(size_config(size), image_id=tokenizer.get_vocab_size()), tokenizer)
-            nn.init.normal_(model.decoder.output.weight, std=0.02)     # zero would draw without looking
-        return model.eval()
+            return cls(config, tokenizer, t5_decoder).eval()
 
     @classmethod
     def from_pretrained(cls, weights, **options):

@@ -237,11 +237,14 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
         size = weights[7:] or "toy"
         if size not in SIZES:
             raise InputError(f"{weights}: no such size; the sizes are {', '.join(SIZES)}")
-        return Mentor.random(size).cast(device, dtype)
+        model = Mentor.random(size, t5_decoder=t5_decoder)
+        generator = torch.Generator().manual_seed(0)         # the published start, zero, would draw without looking
+        torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
+        return model.cast(device, dtype)
     paths = {os.path.basename(path): path for path in locate(weights)}
     tokenizer = data.load_tokenizer(paths["tokenizer.json"]) if "tokenizer.json" in paths else None
     if "config.json" in paths and "model.safetensors" in paths:
-        model = load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens)
+        model = load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder)
     else:
         model = load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder, log)
     return model.cast(device, dtype).eval()
@@ -265,7 +268,7 @@ def config_from_dict(cls, values):
     return cls(**made)
 
 
-def load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens):
+def load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder):
     """A folder that save_pretrained wrote."""
     try:
         with open(paths["config.json"]) as file:
@@ -274,8 +277,11 @@ def load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens):
         raise InputError(f"{paths['config.json']}: not a model's configuration ({error}); copy it again") from None
     config = override(config, prefix_rope, prefix_tokens)
     tensors = read_tensors(paths["model.safetensors"])
+    if not t5_decoder:
+        tensors = {name: tensor for name, tensor in tensors.items()
+                   if not name.startswith(("encoder.t5.decoder.", "encoder.t5.lm_head."))}
     with torch.device("meta"):
-        model = Mentor(config, tokenizer, t5_decoder="encoder.t5.lm_head.weight" in tensors)
+        model = Mentor(config, tokenizer, t5_decoder)
     lengthen(tensors, "projector.uncond", config.prefix_tokens)
     fill_in(model, tensors, {name: name for name in model.state_dict()}, paths["model.safetensors"])
     return model
