@@ -103,6 +103,11 @@ class MentorConfig:
         """Image tokens a side at `image_size`."""
         return self.image_size // self.vqgan.factor
 
+    def override(self, prefix_rope=None, prefix_tokens=None):
+        """The same network with another rotation of the prefix, or with room for a longer one."""
+        decoder = replace(self.decoder, prefix_rope=prefix_rope or self.decoder.prefix_rope)
+        return replace(self, decoder=decoder, prefix_tokens=max(self.prefix_tokens, prefix_tokens or 0))
+
 
 def size_config(size):
     """A row of SIZES as a MentorConfig; all but "toy" have the published encoders."""
@@ -432,10 +437,11 @@ class Mentor(nn.Module):
         return self
 
     @classmethod
-    def random(cls, size="toy", seed=0, t5_decoder=False):
+    def random(cls, size="toy", seed=0, t5_decoder=False, prefix_rope=None, prefix_tokens=None):
         """Seeded weights of a row of SIZES, ready to be trained, with a tokenizer that needs no file."""
         tokenizer = data.byte_tokenizer()
-        config = replace(size_config(size), image_id=tokenizer.get_vocab_size())
+        config = size_config(size).override(prefix_rope, prefix_tokens)
+        config = replace(config, image_id=tokenizer.get_vocab_size())
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             return cls(config, tokenizer, t5_decoder).eval()
@@ -446,22 +452,28 @@ class Mentor(nn.Module):
         from weights import load               # it imports this file
         return load(weights, **options)
 
-    def save_pretrained(self, folder):
-        """Writes model.safetensors, config.json and tokenizer.json; the folder appears complete or not at all."""
+    def save_pretrained(self, folder, state=None):
+        """Writes model.safetensors, config.json and tokenizer.json; the folder appears complete or not at all.
+
+        state: tensors to write in place of the model's own, for a model whose parameters are spread over processes.
+        """
         part = f"{folder}.part"
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        state = {name: tensor.contiguous() for name, tensor in (state or self.state_dict()).items()}
         save_file(state, os.path.join(part, "model.safetensors"))
         with open(os.path.join(part, "config.json"), "w") as file:
             json.dump(asdict(self.config), file, indent=1)
         if self.prompter:
             self.prompter.tokenizer.save(os.path.join(part, "tokenizer.json"))
-        if os.path.isdir(folder):
-            old = f"{folder}.old"
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-            os.rename(part, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(part, folder)
+        replace_folder(part, folder)
+
+
+def replace_folder(part, folder):
+    """Gives a finished folder its name, in place of an older one if there is one."""
+    old = f"{folder}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.rename(folder, old)
+    os.rename(part, folder)
+    shutil.rmtree(old, ignore_errors=True)

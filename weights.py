@@ -237,7 +237,7 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
         size = weights[7:] or "toy"
         if size not in SIZES:
             raise InputError(f"{weights}: no such size; the sizes are {', '.join(SIZES)}")
-        model = Mentor.random(size, t5_decoder=t5_decoder)
+        model = Mentor.random(size, 0, t5_decoder, prefix_rope, prefix_tokens)
         generator = torch.Generator().manual_seed(0)         # the published start, zero, would draw without looking
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
         return model.cast(device, dtype)
@@ -248,13 +248,6 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
     else:
         model = load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder, log)
     return model.cast(device, dtype).eval()
-
-
-def override(config, prefix_rope, prefix_tokens):
-    """The configuration with what the caller wants otherwise."""
-    if prefix_rope:
-        config = replace(config, decoder=replace(config.decoder, prefix_rope=prefix_rope))
-    return replace(config, prefix_tokens=prefix_tokens or config.prefix_tokens)
 
 
 def config_from_dict(cls, values):
@@ -275,7 +268,7 @@ def load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder
             config = config or config_from_dict(MentorConfig, json.load(file))
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise InputError(f"{paths['config.json']}: not a model's configuration ({error}); copy it again") from None
-    config = override(config, prefix_rope, prefix_tokens)
+    config = config.override(prefix_rope, prefix_tokens)
     tensors = read_tensors(paths["model.safetensors"])
     if not t5_decoder:
         tensors = {name: tensor for name, tensor in tensors.items()
@@ -314,7 +307,7 @@ def load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tok
             log(f"{path}: {len(differing)} of its CLIP tensors differ from CLIP's own file; the checkpoint's are used")
         for name in tower:
             own.setdefault(name, tower[name])
-    config = override(config or public_config(files), prefix_rope, prefix_tokens)
+    config = (config or public_config(files)).override(prefix_rope, prefix_tokens)
     with torch.device("meta"):
         model = Mentor(config, tokenizer, t5_decoder)
     for kind, (path, tensors) in files.items():
