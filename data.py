@@ -2,7 +2,7 @@
 
 Everything the network sees passes through here: a reference photograph becomes CLIP pixels, a target picture becomes
 VQGAN pixels, a task's prompt template is filled in, and the text becomes T5 ids in which every reference picture
-holds one `<image>` token per CLIP patch. Nothing here computes with the network.
+holds one `<image>` token per CLIP patch. Nothing here computes with the network, but for `encode`.
 
 Training data is a JSON-lines file in the layout MENTOR released; paths are absolute or relative to the file's folder:
 
@@ -13,6 +13,8 @@ Training data is a JSON-lines file in the layout MENTOR released; paths are abso
     subject      {"source_image": target, "image_path": reference, "objects": "dog", "input_text": prompt}
     multi        {"source_image": picture, "image_path": [mask, ...], "objects": ["dog", ...], "input_text": caption};
                  with "input_img_list": true the list holds input pictures, used as they are
+
+A row is one sample of its task, of a subject pair two, one in each order; "swapped_text" may prompt the second.
 
     python data.py folder my_pictures                                        # makes such a file from your own pictures
     python data.py look my_pictures/data.jsonl                               # shows what the network will see
@@ -27,8 +29,9 @@ import os
 import re
 import sys
 import textwrap
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -163,7 +166,7 @@ def reconstruct_prompt(caption=""):
 
 
 def subject_of(path):
-    """What a picture's file name says it shows, or else its folder's: red_boot-03.jpg, red_boot/03.jpg -> "red boot"."""
+    """What a picture's file name says it shows, or else its folder's: boot-03.jpg, boot/03.jpg -> "boot"."""
     folder, name = os.path.split(os.path.abspath(path))
     for text in (os.path.splitext(name)[0], os.path.basename(folder)):
         if words := re.sub(r"[\W\d_]+", " ", text).strip().lower():
@@ -252,16 +255,17 @@ def parse_row(line, path, number):
     def texts(key):
         value = record.get(key) or []
         value = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in value):
-            raise InputError(f'"{key}" must be text, not {str(record[key])[:80]}')
+        if not all(isinstance(text, str) and not re.search("[\ud800-\udfff]", text) for text in value):   # torn emoji
+            raise InputError(f'"{key}" must be text, not {record[key]!a:.80}')
         return tuple(value)
 
     images, objects, flag = texts("image_path"), texts("objects"), record.get
     text, swapped, source, background = ("".join(texts(key)) for key in
                                          ("input_text", "swapped_text", "source_image", "input_image"))
-    task = ("background" if background else "t2i" if flag("generation_only") else "multi" if flag("input_img_list")
-            or objects and isinstance(record["objects"], list) else "recover" if flag("do_replace")
-            else "segment" if flag("do_mask") else "subject" if objects else "reconstruct")
+    rules = {"background": background, "t2i": flag("generation_only"),
+             "multi": flag("input_img_list") or objects and isinstance(record["objects"], list),
+             "recover": flag("do_replace"), "segment": flag("do_mask"), "subject": objects, "reconstruct": True}
+    task = next(task for task, holds in rules.items() if holds)
     if not objects and len(images) == 1:
         source = images[0]               # without objects image_path is the target picture
     source = source or background
@@ -270,15 +274,15 @@ def parse_row(line, path, number):
         needs |= {"objects": objects, "image_path": images}
     if task in ("t2i", "recover", "subject", "multi"):
         needs["input_text"] = text or task != "t2i" and "input_text" in record
-    for key in (key for key, value in needs.items() if not value):
-        raise InputError(f'"{key}" is missing; a row of task {task} needs it')
+    if missing := [key for key, value in needs.items() if not value]:
+        raise InputError(f'"{missing[0]}" is missing; a row of task {task} needs it')
     if len(objects) != len(images) and ("objects" in needs or len(images) > 1):
         raise InputError(f"{len(objects)} object(s) but {len(images)} path(s) in image_path; give one for each")
     place = "/".join(os.path.abspath(path).split(os.sep)[-2:])       # the same wherever the data is moved to
     key = hashlib.blake2b(place.encode() + line.strip(), digest_size=7).digest()
     source, *images = (os.path.join(os.path.dirname(path), file) for file in (source, *images))
-    return Row(f"{path}:{number}", task, source, text, swapped or text, tuple(images), objects,
-               bool(flag("input_img_list")), int.from_bytes(key, "big"))
+    return Row(f"{path}:{number}", task, source, text, swapped if "swapped_text" in record else text, tuple(images),
+               objects, bool(flag("input_img_list")), int.from_bytes(key, "big"))
 
 
 def read_rows(paths):
@@ -294,10 +298,9 @@ def read_rows(paths):
         for number, line in numbered:
             try:
                 rows.append(parse_row(line, path, number))
-            except InputError as error:
-                problems.append(f"{path}:{number}: {error}")
-            except ValueError as error:                              # no JSON, or bytes that are no text
-                problems.append(f"{path}:{number}: not JSON ({error}); write one object a line")
+            except ValueError as error:                              # InputError, no JSON, or bytes that are no text
+                why = error if isinstance(error, InputError) else f"not JSON ({error}); write one object a line"
+                problems.append(f"{path}:{number}: {why}")
     return rows, problems, lines
 
 
@@ -393,9 +396,10 @@ def compose(task, row, order, rng, background=None, size=448):
         return IMAGE, [picture], None
     if task == "reconstruct":
         return reconstruct_prompt("" if rng.random() < CAPTION_DROP else row.text), [picture], lambda: picture
-    masks = [open_mask(path, picture) for path in row.images]
     if task == "segment":
-        return segment_prompt(row.objects[0]), [picture], lambda: on_black(picture, masks[0])
+        return (segment_prompt(row.objects[0]), [picture],
+                lambda: on_black(picture, open_mask(row.images[0], picture)))
+    masks = [open_mask(path, picture) for path in row.images]
     if task == "recover":
         references = [recovery_input(picture, masks[0], background, size, rng)]
     else:
@@ -421,14 +425,14 @@ class Codes:
         except Exception as error:
             raise InputError(f"{self.path}: no codes ({error}); make them with `python data.py encode`") from None
         if made_for != image_size:
-            raise InputError(f"{self.path}: made for pictures of {made_for} pixels, not {image_size}; encode them again")
+            raise InputError(f"{self.path}: made for pictures of {made_for} pixels, not {image_size}; encode again")
 
     def __getitem__(self, key):
         """-> (T,) int64"""
         self.file = self.file or safe_open(self.path, "pt")          # here, so that each worker opens its own
         i = int(np.searchsorted(self.keys, key))
         if i == len(self.keys) or self.keys[i] != key:
-            raise InputError(f"{self.path}: no codes of this row, it was damaged then or changed since; encode it again")
+            raise InputError(f"{self.path}: no codes of this row, it was damaged then or changed since; encode again")
         return self.file.get_slice("tokens")[i].long()
 
 
@@ -458,8 +462,9 @@ class TaskData(Dataset):
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
         if not sizes or 0 in sizes:
             lacking = " and ".join(task for task in self.tasks if not len(self.entries[task])) or "any task"
-            raise InputError(f"{', '.join(map(str, paths))}: no row for {lacking}; rows it has: {found or 'none'}"
-                             + "".join(f"; {problem}" for problem in self.problems[:1]))
+            raise InputError(f"{', '.join(map(str, paths))}: no row for {lacking}; they have "
+                             + (", ".join(f"{n} {task}" for task, n in found.items()) or "no usable row")
+                             + "".join(f"; first problem: {problem}" for problem in self.problems[:1]))
         shares = np.array([size if weights[task] is None else weights[task] for task, size in zip(self.tasks, sizes)])
         exact = shares / shares.sum() * sum(sizes)
         counts = exact.astype(int)                                   # rounded down, the largest remainders up
@@ -550,8 +555,8 @@ class TaskData(Dataset):
 
 def collate(samples):
     """Samples of one kind -> batch: ids and mask (B, S), refs (K, 3, c, c) flat in batch order, one of target
-    (B, 3, size, size), tokens (B, T) and labels (B, L), and the lists tasks, names, keys, prompts, problems."""
-    batch = {f"{key}s": [sample[key] for sample in samples] for key in ("task", "name", "key", "prompt")}
+    (B, 3, size, size), tokens (B, T) and labels (B, L), and the lists tasks, names, prompts, problems."""
+    batch = {f"{key}s": [sample[key] for sample in samples] for key in ("task", "name", "prompt")}
     batch["problems"] = [problem for sample in samples for problem in sample["problems"]]
     batch["refs"] = torch.cat([sample["refs"] for sample in samples])
     return batch | {key: torch.stack([sample[key] for sample in samples])
@@ -566,12 +571,14 @@ def batches(dataset, start, stop, micro, rank=0, world=1, workers=0):
     """
     assert world == 1 or (stop - start) % (micro * world) == 0, f"{stop - start} is no multiple of {micro} x {world}"
     chunks = [range(i, min(i + micro, stop)) for i in range(start + rank * micro, stop, micro * world)]
-    # a worker computes on one thread (PyTorch sees to it) and lives over all epochs
+    # workers live over all epochs, each on one thread (PyTorch's default); the generator spares the global one
     loader = DataLoader(dataset, batch_sampler=chunks, collate_fn=collate, num_workers=workers,
-                        prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
+                        prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
+                        generator=torch.Generator())
     try:
         yield from loader
     except InputError as error:          # a worker's comes with its traceback before it
+        error.__traceback__ = None       # lets go of the workers, so that they end at once
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
 
@@ -590,32 +597,48 @@ class Problems:
                 self.named[problem] = True
                 self.log(f"skipped {problem}")
         if self.seen >= self.least and self.failed > self.share * self.seen:
-            raise InputError(f"{self.failed} of {self.seen} samples failed, more than {self.share:.0%}; mend the data:\n"
-                             + "\n".join(list(self.named)[:20]))
+            raise InputError(f"{self.failed} of {self.seen} samples failed, more than {self.share:.0%}; mend the "
+                             "data:\n" + "\n".join(list(self.named)[:20]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
-def every_sample(data, micro, workers):
-    """Each entry of a TaskData without weights in one epoch: yields batches under a progress bar, names problems."""
-    problems = dict.fromkeys(data.problems)
-    for batch in tqdm(batches(data, 0, len(data), micro, workers=workers), total=-(-len(data) // micro)):
-        problems |= dict.fromkeys(batch["problems"])
-        yield batch
-    print(*(f"{n:8,} {task}" for task, n in data.counts.items()), f"{len(problems):8,} problem(s)", *problems, sep="\n")
+def attempt(data, entry):
+    """The sample of an entry of a TaskData, of a damaged one its problems alone."""
+    (task, row, order), problems = entry, []
+    try:
+        return data.sample(task, data.rows[row], order, np.random.default_rng(row), problems)
+    except InputError as error:
+        return {"problems": problems + [f"{data.rows[row].name}: {error}"]}
 
 
-def tile(batch, places, side=144, lines=4):
-    """One sample as the network sees it: references, then the framed target, under them the prompt. -> PIL RGB"""
+def usable_samples(data, workers):
+    """Tries every entry under a progress bar and yields the samples; at the end prints counts and problems."""
+    entries = [(task, *entry) for task in data.tasks for entry in data.entries[task].tolist()]
+    counts, problems = dict.fromkeys(data.tasks, 0), dict.fromkeys(data.problems)
+    # what a DataLoader takes for the making of a batch does the work here, so that it happens in the workers
+    for sample in tqdm(DataLoader(entries, batch_size=None, collate_fn=partial(attempt, data), num_workers=workers)):
+        problems |= dict.fromkeys(sample["problems"])
+        if "task" in sample:
+            counts[sample["task"]] += 1
+            yield sample
+    for task, count in counts.items():
+        print(f"{task:12}{count:8,} of {len(data.entries[task]):,} samples usable")
+    print(f"{len(problems):,} problem(s)", *problems, sep="\n  ")
+
+
+def tile(batch, places, drawn=None, side=144, lines=4):
+    """A batch of one as the network sees it: references, a picture it has drawn, and the target in a frame, under them
+    the prompt. places: room for so many. drawn: (3, H, W) in [-1, 1]. -> PIL RGB"""
     refs = batch["refs"] * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    pictures = [to_image(picture).resize((side, side)) for picture in (*(2 * refs - 1), batch["target"][0])]
+    pictures = [*(2 * refs - 1), *([] if drawn is None else [drawn]), batch["target"][0]]
     canvas = Image.new("RGB", (places * (side + 4) + 12, side + 14 * lines), "white")
     draw = ImageDraw.Draw(canvas)
     for i, picture in enumerate(pictures):
-        canvas.paste(picture, (i * (side + 4), 0))
+        canvas.paste(to_image(picture).resize((side, side)), (i * (side + 4), 0))
     draw.rectangle((i * (side + 4), 0, i * (side + 4) + side - 1, side - 1), outline="red", width=3)
-    words = f"{batch['tasks'][0]}: {batch['prompts'][0]}".encode("ascii", "replace").decode()  # what the font can write
+    words = f"{batch['tasks'][0]}: {batch['prompts'][0]}".encode("ascii", "replace").decode()    # what the font has
     draw.text((2, side), "\n".join(textwrap.wrap(words, canvas.width // 6)[:lines]), "black")
     return canvas
 
@@ -626,14 +649,16 @@ def look(args):
                 else Prompter(byte_tokenizer(), patches=1, max_tokens=1 << 16))
     data = TaskData(args.data, prompter, 256, 224, backgrounds=args.backgrounds)
     shown = {task: [] for task in data.tasks}
-    for batch in every_sample(data, 1, args.workers):
-        if len(shown[batch["tasks"][0]]) < args.n:
-            shown[batch["tasks"][0]].append(batch)
-    places = max(len(batch["refs"]) for row in shown.values() for batch in row) + 1
+    for sample in usable_samples(data, args.workers):
+        if len(shown[sample["task"]]) < args.n:
+            shown[sample["task"]].append(sample)
+    places = max((len(sample["refs"]) + 1 for samples in shown.values() for sample in samples), default=1)
     tiles = []
-    for row in shown.values():           # a line for each task
-        tiles += [tile(batch, places) for batch in row]
-        tiles += [Image.new("RGB", tiles[0].size, "white")] * (args.n - len(row))
+    for samples in filter(None, shown.values()):         # a line for each task
+        tiles += [tile(collate([sample]), places) for sample in samples]
+        tiles += [Image.new("RGB", tiles[0].size, "white")] * (args.n - len(samples))
+    if not tiles:
+        raise InputError("there is no usable sample to show")
     contact_sheet(tiles, columns=args.n).save(args.out, "PNG")
     print(f"wrote {args.out}")
 
@@ -646,11 +671,14 @@ def encode(args):
     vqgan, size = mentor.vqgan.to(device), mentor.check_size(args.size or mentor.config.image_size)
     prompter = Prompter(byte_tokenizer(), patches=1, max_tokens=1 << 16)                  # prompts do not matter here
     data = TaskData(args.data, prompter, size, 32, backgrounds=args.backgrounds)
-    keys, tokens = [], []
-    for batch in every_sample(data, args.batch, args.workers):
-        keys += batch["keys"]
-        tokens.append(vqgan.encode(batch["target"].to(device)).cpu().int())               # (B, T)
-    keys, first = np.unique(keys, return_index=True)                 # ascending; a stand-in for a damaged row is double
+    samples, keys, tokens = usable_samples(data, args.workers), [], []
+    while group := list(islice(samples, args.batch)):
+        keys += [sample["key"] for sample in group]
+        pixels = torch.stack([sample["target"] for sample in group])                      # (B, 3, size, size)
+        tokens.append(vqgan.encode(pixels.to(device)).cpu().int())                        # (B, T)
+    if not tokens:
+        raise InputError("there is no usable sample to encode")
+    keys, first = np.unique(keys, return_index=True)                 # ascending; of equal lines one is enough
     os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, "codes.safetensors")
     save_file({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, f"{path}.partial",
@@ -669,12 +697,16 @@ def folder(args):
         raise InputError(f"{args.pictures}: no folder with pictures; put some there as dog-00.jpg, dog-01.jpg, ...")
     out = args.out or os.path.join(args.pictures, "data.jsonl")
     place = os.path.relpath(args.pictures, os.path.dirname(out) or ".")
+    place = "" if place == "." else place
     rows, subjects = [], {}
     for name in pictures:
         stem, row = os.path.splitext(name)[0], {"input_text": "", "source_image": os.path.join(place, name)}
         if f"{stem}.txt" in names:
-            with open(os.path.join(args.pictures, f"{stem}.txt"), encoding="utf-8", errors="replace") as file:
-                row["input_text"] = file.read().strip()
+            try:
+                with open(os.path.join(args.pictures, f"{stem}.txt"), encoding="utf-8") as file:
+                    row["input_text"] = file.read().strip()
+            except UnicodeDecodeError:
+                raise InputError(f"{args.pictures}: {stem}.txt is not UTF-8; save it as UTF-8 text") from None
         rows += [row] + [row | {"generation_only": True}] * (row["input_text"] != "")
         masked = row | {"image_path": os.path.join(place, f"{stem}.mask.png"), "objects": subject_of(name)}
         if f"{stem}.mask.png" in names:
@@ -700,12 +732,13 @@ def main(argv=None):
         command.set_defaults(run=function)
         if function is not folder:
             command.add_argument("data", nargs="+", metavar="DATA.jsonl")
-            command.add_argument("--backgrounds", nargs="+", default=[], help="JSONL of pictures to recover objects from")
+            command.add_argument("--backgrounds", nargs="+", default=[], help="JSONL of pictures for recovery")
             command.add_argument("--workers", type=int, default=2, help="processes that read pictures (default 2)")
     made[look].add_argument("--out", default="look.png", help="the sheet, a PNG (default look.png)")
     made[look].add_argument("--n", type=int, default=3, help="samples shown of each task (default 3)")
     made[look].add_argument("--tokenizer", metavar="tokenizer.json", help="FLAN-T5's, to find prompts too long for it")
-    made[look].add_argument("--max-tokens", type=int, default=512, help="the prefix length, with --tokenizer")
+    made[look].add_argument("--max-tokens", type=int, default=512, help="the prefix length that goes with "
+                            "--tokenizer (default 512; several pictures need 1280)")
     made[encode].add_argument("--weights", required=True, help="a model folder")
     made[encode].add_argument("--out", required=True, help="folder for the codes")
     made[encode].add_argument("--size", type=int, help="pixels a side (default the model's)")
@@ -713,7 +746,10 @@ def main(argv=None):
     made[folder].add_argument("pictures", metavar="PICTURES")
     made[folder].add_argument("--out", metavar="DATA.jsonl")
     args = parser.parse_args(argv)
-    args.run(args)
+    try:
+        args.run(args)
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}; check the path") from None
 
 
 if __name__ == "__main__":

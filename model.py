@@ -163,15 +163,21 @@ class Projector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The decoder
 
-def make_mask(valid):
+def make_mask(valid, dtype=torch.float32):
     """Causal, padded keys hidden, the diagonal always open so that no row is empty.
 
-    valid: (B, L) bool -> (B, 1, L, L) bool, True = attend
+    valid: (B, L) bool -> (B, 1, L, L), 0 = attend, -inf = hidden; in the type attention computes in, so that no layer
+    has to convert it again
     """
     length = valid.size(1)
     causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
     diagonal = torch.eye(length, dtype=torch.bool, device=valid.device)
-    return ((causal & valid[:, None, :]) | diagonal).unsqueeze(1)                         # (B, 1, L, L)
+    return additive((causal & valid[:, None, :]) | diagonal, dtype).unsqueeze(1)          # (B, 1, L, L)
+
+
+def additive(attend, dtype):
+    """A mask to be added to scores: 0 where True, -inf where False."""
+    return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, -math.inf)
 
 
 class KVCache:
@@ -180,7 +186,7 @@ class KVCache:
     def __init__(self, config, prefix, grid):
         batch, length = len(prefix.rows), prefix.rows.size(1) + grid * grid
         self.kv = prefix.rows.new_zeros(config.layers, 2, batch, config.heads, length, config.head_dim)
-        self.attend = F.pad(prefix.valid, (0, grid * grid), value=True)[:, None, None]    # (B, 1, 1, L)
+        self.mask = additive(F.pad(prefix.valid, (0, grid * grid), value=True), prefix.rows.dtype)[:, None, None]
         self.length = 0            # positions filled so far
 
     def append(self, layer, k, v):
@@ -202,7 +208,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, mask, cache=None, layer=None):
-        """x: (B, L, D); rope: the table of these L positions; mask: (B, 1, L, keys) bool. -> (B, L, D)"""
+        """x: (B, L, D); rope: the table of these L positions; mask: (B, 1, L, keys), added to the scores. -> (B, L, D)"""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, hd)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
@@ -263,7 +269,10 @@ class Decoder(nn.Module):
         """
         prefix_rows = prefix.rows.size(1)
         x = torch.cat([prefix.rows, self.tok_embeddings(tokens)], dim=1)                  # (B, S + t, D)
-        mask = make_mask(F.pad(prefix.valid, (0, tokens.size(1)), value=True))            # (B, 1, S + t, S + t)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        mask = make_mask(F.pad(prefix.valid, (0, tokens.size(1)), value=True), dtype)     # (B, 1, S + t, S + t)
         rope = self.rope(prefix, grid)[:, :x.size(1)]
         x = self.dropout(x)
         for layer in self.layers:
@@ -273,12 +282,12 @@ class Decoder(nn.Module):
     def prefill(self, prefix, grid):
         """Reads the prefix into a new cache. -> logits of token 0 (B, V), cache, rotary table"""
         cache, rope = KVCache(self.config, prefix, grid), self.rope(prefix, grid)
-        return self._cached(prefix.rows, rope, make_mask(prefix.valid), cache), cache, rope
+        return self._cached(prefix.rows, rope, make_mask(prefix.valid, prefix.rows.dtype), cache), cache, rope
 
     def decode_step(self, token, cache, rope):
         """Feeds one token per sample, (B,). -> logits of the next (B, V)"""
         x = self.tok_embeddings(token).unsqueeze(1)                                       # (B, 1, D)
-        return self._cached(x, rope, cache.attend[..., :cache.length + 1], cache)
+        return self._cached(x, rope, cache.mask[..., :cache.length + 1], cache)
 
     def _cached(self, x, rope, mask, cache):
         rope = rope[:, cache.length:cache.length + x.size(1)]

@@ -222,3 +222,58 @@ class VQGAN(nn.Module):
         """Training: -> (reconstruction, codebook and commitment loss, tokens)"""
         codes, loss, tokens = self.quantize(self.latent(pixels))
         return self.decoder(self.post_quant_conv(codes)), loss, tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For training only: two critics of a reconstruction
+
+class Discriminator(nn.Sequential):
+    """Says patch by patch whether a picture is real (pix2pix's PatchGAN, with group norm). (B, 3, H, W) -> (B, 1, h, w)
+
+    Group norm in place of batch norm, so that a picture's score does not depend on its batch or on how the batch is
+    spread over processes.
+    """
+
+    def __init__(self, channels=64):
+        super().__init__(
+            nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1), group_norm(2 * channels), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * channels, 4 * channels, 4, padding=1), group_norm(4 * channels), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * channels, 1, 4, padding=1))
+
+
+class Perceptual(nn.Module):
+    """LPIPS: how far two pictures lie apart in the features of a VGG-16 (Zhang et al. 2018).
+
+    Its weights are public: torchvision's `vgg16-397923af.pth` (names `features.N.*`) and LPIPS' linear heads `vgg.pth`
+    (names `lin0.model.1.weight` to `lin4`).
+    """
+    WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
+    ENDS = (3, 8, 15, 22, 29)      # indices of the ReLUs that are compared
+
+    def __init__(self):
+        super().__init__()
+        layers, c = [], 3
+        for width in self.WIDTHS:
+            layers += [nn.MaxPool2d(2)] if width == "M" else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
+            c = c if width == "M" else width
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ParameterList(torch.ones(1, self.features[end - 1].out_channels, 1, 1) for end in self.ENDS)
+
+    def load(self, vgg, heads):
+        """Takes the tensors of the two public files, by their names."""
+        self.features.load_state_dict({name.removeprefix("features."): tensor for name, tensor in vgg.items()
+                                       if name.startswith("features.")})
+        self.heads.load_state_dict({str(i): heads[f"lin{i}.model.1.weight"] for i in range(len(self.ENDS))})
+        return self
+
+    def forward(self, a, b):
+        """(B, 3, H, W) twice, in [-1, 1] -> distance (B,)"""
+        mean, std = (a.new_tensor(v).view(1, 3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+        x, y, distance = (a - mean) / std, (b - mean) / std, 0
+        for i, layer in enumerate(self.features):
+            x, y = layer(x), layer(y)
+            if i in self.ENDS:
+                apart = (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square()          # (B, C, h, w)
+                distance = distance + (apart * self.heads[self.ENDS.index(i)]).sum(1).mean((1, 2))
+        return distance

@@ -159,7 +159,8 @@ def lengthen(tensors, name, rows):
     """Gives a shorter unconditional table that many rows: the old ones come first, as in the release, then noise."""
     table = tensors.get(name)
     if table is not None and len(table) < rows:
-        noise = torch.randn(rows - len(table), table.size(1)) / table.size(1)**0.5
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(rows - len(table), table.size(1), generator=generator) / table.size(1)**0.5
         tensors[name] = torch.cat([table, noise.type_as(table)])
 
 
@@ -313,7 +314,9 @@ def load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tok
     for kind, (path, tensors) in files.items():
         load_public(model, path, tensors, kind)
     if "connector" not in files and "mentor" not in files:
-        model.encoder.connector = Connector(config.vision.width, config.t5.width, config.connector)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)               # the same on every rank
+            model.encoder.connector = Connector(config.vision.width, config.t5.width, config.connector)
         model.untrained = ("connector",)
         log(f"{weights}: holds no connector; a new, untrained one is used, good for text to image only")
     return model

@@ -135,7 +135,7 @@ def test_left_pad_moves_valid_rows_to_the_end():
 
 
 def test_the_mask_is_causal_hides_padding_and_opens_the_diagonal():
-    mask = make_mask(torch.tensor([[False, True, True, True]]))[0, 0].int()
+    mask = make_mask(torch.tensor([[False, True, True, True]]))[0, 0].exp().int()
     assert mask.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
 
 

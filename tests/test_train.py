@@ -1,0 +1,385 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, material
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+import data
+import train
+import weights
+from data import InputError, byte_tokenizer
+from model import Mentor, MentorConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.gradients
+NO_DROPOUT = replace(TINY, decoder=replace(TINY.decoder, dropout=0.0), t5=replace(TINY.t5, dropout=0.0))
+STAGES = list(train.STAGES)
+
+
+def write_data(folder, pictures=6, side=48):
+    """Pictures with captions and elliptic masks, as data.py's `folder` command reads them, and one row of two objects."""
+    folder.mkdir()
+    for i in range(pictures):
+        stem = f"{('cat', 'dog', 'hat')[i % 3]}-{i:02}"
+        Image.effect_noise((side, side), 60 + 20 * i).convert("RGB").save(folder / f"{stem}.png")
+        (folder / f"{stem}.txt").write_text(f"a {stem[:3]} number {i}")
+        mask = Image.new("L", (side, side))
+        ImageDraw.Draw(mask).ellipse((8, 8, side - 12, side - 8), fill=255)
+        mask.save(folder / f"{stem}.mask.png")
+    data.main(["folder", str(folder)])
+    with open(folder / "data.jsonl", "a") as file:
+        file.write(json.dumps({"input_text": "both", "source_image": "cat-00.png", "objects": ["cat", "hat"],
+                               "image_path": ["cat-00.mask.png"] * 2}) + "\n")
+    return str(folder / "data.jsonl")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """-> (folder of a tiny model with all of T5, JSONL)"""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = Mentor(NO_DROPOUT, byte_tokenizer(), t5_decoder=True)
+    with torch.no_grad():
+        torch.nn.init.normal_(model.decoder.output.weight, std=0.02)
+        model.vqgan.quantize.embedding.weight.normal_()
+    model.save_pretrained(folder / "init")
+    return str(folder / "init"), write_data(folder / "data")
+
+
+def command(world, out, *flags, stage="2", steps=3, batch=4):
+    return ["--stage", stage, "--init", world[0], "--data", world[1], "--out", str(out), "--steps", str(steps),
+            "--global-batch", str(batch), "--workers", "0", "--device", "cpu", *map(str, flags)]
+
+
+def run(arguments, processes=1):
+    """train.py in a process of its own, or under torchrun in several."""
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, "train.py", *arguments], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def log(out):
+    return [json.loads(line) for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [record["loss"] for record in log(out)]
+
+
+def assert_same_weights(a, b, atol):
+    a, b = (load_file(pathlib.Path(out) / "model.safetensors") for out in (a, b))
+    assert a.keys() == b.keys()
+    worst = max((a[name] - b[name]).abs().max().item() for name in a)
+    assert worst <= atol, worst
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule, optimizer, command line
+
+def test_the_schedule_counts_optimizer_steps_up_to_the_peak_and_down_to_a_tenth():
+    rates = [train.lr_at(step, 200, 1.0) for step in range(200)]
+    assert rates[0] == 0.1 and rates[9] == 1.0                 # 5 % of 200 steps
+    assert max(rates) == 1.0 and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert rates[10] == pytest.approx(1.0) and rates[-1] == pytest.approx(0.1)
+    assert rates[105] == pytest.approx(0.55, abs=0.01)         # half way down
+    assert train.lr_at(0, 1, 1.0) == 1.0
+
+
+def test_only_matrices_decay():
+    objective = torch.nn.ModuleDict({"linear": torch.nn.Linear(3, 3), "norm": torch.nn.LayerNorm(3)})
+    groups = train.make_optimizer(objective, 1e-3).param_groups
+    assert [(p.dim(), g["weight_decay"]) for g in groups for p in g["params"]] == [(2, 0.05)] + [(1, 0.0)] * 3
+    assert groups[0]["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--without", "multi"], "stage 2 has no such task"),
+    (["--without", "t2i", "--without", "segment", "--without", "recover", "--without", "subject"], "no task"),
+    (["--global-batch", "6", "--micro-batch", "4"], "--global-batch 6 is no multiple of --micro-batch 4 x 1 ranks"),
+    (["--model", "B"], "--model is for --init random"),
+    (["--size", "40"], "up to 24 pixels"),
+    (["--resume"], "holds no checkpoint to resume from"),
+    (["--device", "cuda"], "no CUDA here"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
+def test_impossible_runs_are_refused_in_one_sentence(world, tmp_path, flags, said):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(InputError, match=said):
+        train.main([*command(world, tmp_path / "out"), *flags])
+
+
+def test_every_help_text_runs():
+    for script in ("train.py", "sample.py", "data.py", "weights.py"):
+        result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0 and "usage" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every stage
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(world, tmp_path, stage):
+    train.main([*command(world, tmp_path, "--val", world[1], "--sample-every", 2, stage=stage, steps=4)])
+    before, after = load_file(f"{world[0]}/model.safetensors"), load_file(tmp_path / "model.safetensors")
+    for name in after.keys() & before.keys():
+        trains = name.startswith(train.STAGES[stage].trains)
+        if not trains:
+            assert torch.equal(before[name], after[name][:len(before[name])]), f"{name} is frozen but moved"
+    for part in train.STAGES[stage].trains:
+        assert any(not torch.equal(before[name], after[name]) for name in after.keys() & before.keys()
+                   if name.startswith(part) and name != "projector.uncond"), f"{part} trains but did not move"
+    records = log(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4] and "val" in records[1] and "val" in records[3]
+    assert (tmp_path / "loss.png").exists()
+    if stage != "connector":
+        assert Image.open(tmp_path / "samples-00000004.png").size[0] > 200
+    assert weights.load(tmp_path).draw("a cat", refs=[Image.new("RGB", (30, 30))])[0].size == (24, 24)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_runs_on_two_processes(world, tmp_path, stage):
+    finish(run(command(world, tmp_path, stage=stage, steps=1), processes=2))
+    assert len(losses(tmp_path)) == 1 and (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["1", "connector", "vqgan"])
+def test_accumulating_4_x_1_equals_1_x_4(world, tmp_path, stage):
+    for micro in (1, 4):
+        train.main(command(world, tmp_path / str(micro), "--micro-batch", micro, stage=stage))
+    np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "4"), rtol=1e-5)
+    assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
+
+
+@pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
+def test_two_processes_equal_one_on_the_same_global_batch(world, tmp_path, fsdp):
+    flags = ["--micro-batch", 1, "--val", world[1], "--sample-every", 2]
+    finish(run(command(world, tmp_path / "two", *flags, fsdp), processes=2))
+    train.main(command(world, tmp_path / "one", *flags))
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in two], rtol=1e-5)
+    np.testing.assert_allclose([r["grad_norm"] for r in one], [r["grad_norm"] for r in two], rtol=1e-4)
+    assert one[1]["losses"].keys() == two[1]["losses"].keys()
+    for task, loss in one[1]["val"].items():
+        assert two[1]["val"][task] == pytest.approx(loss, rel=1e-4)
+    sheets = [Image.open(tmp_path / n / "samples-00000002.png") for n in ("one", "two")]
+    assert sheets[0].size == sheets[1].size
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruption
+
+@pytest.mark.parametrize("processes, fsdp", [(1, "--no-fsdp"), (2, "--no-fsdp"), (2, "--fsdp")])
+def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(world, tmp_path, processes, fsdp):
+    def arguments(out, *more):
+        return command(world, out, "--micro-batch", 1, "--save-every", 4, fsdp, *more, stage="1", steps=14, batch=8)
+    finish(run(arguments(tmp_path / "whole"), processes))
+    process = run(arguments(tmp_path / "cut"), processes)
+    while not train.checkpoints(tmp_path / "cut"):
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[0][-2000:]
+    subprocess.run(["pkill", "-9", "-P", str(process.pid)])    # the workers first
+    process.kill()
+    process.communicate()
+    assert len(losses(tmp_path / "cut")) < 14
+    finish(run(arguments(tmp_path / "cut", "--resume"), processes))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", 0)
+
+
+def test_resuming_with_dropout_the_tokenizer_and_its_critic_is_exact_too(world, tmp_path):
+    for stage, init in (("vqgan", []), ("2", ["--init", "random", "--size", "32"])):
+        whole, cut = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-cut"
+        train.main([*command(world, whole, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
+        train.main([*command(world, cut, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
+        for late in ("step-00000004", "step-00000006"):
+            for file in (cut / late).iterdir():
+                file.unlink()
+            (cut / late).rmdir()
+        train.main([*command(world, cut, "--resume", stage=stage, steps=6), *init])
+        assert losses(cut) == losses(whole)
+        assert_same_weights(cut, whole, 0)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "training.json", "config.json"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_path, file, capsys):
+    train.main(command(world, tmp_path, "--save-every", 1, steps=3))
+    before = losses(tmp_path)
+    newest = train.checkpoints(tmp_path)[0] + "/" + file
+    os.replace(newest, newest + ".whole")
+    content = pathlib.Path(newest + ".whole").read_bytes()
+    pathlib.Path(newest).write_bytes(content[:len(content) // 2])
+    os.remove(newest + ".whole")
+    train.main(command(world, tmp_path, "--resume", steps=3))
+    printed = capsys.readouterr()
+    assert "step-00000003" in printed.out + printed.err and "falling back" in printed.out + printed.err
+    assert losses(tmp_path) == before
+
+
+def test_a_resumed_run_must_be_the_same_run(world, tmp_path):
+    train.main(command(world, tmp_path, steps=2))
+    with pytest.raises(InputError, match="started with seed 0, not 5"):
+        train.main(command(world, tmp_path, "--resume", "--seed", 5, steps=2))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_before_leaving_and_the_newest_checkpoints_are_kept(world, tmp_path, processes):
+    process = run(command(world, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=400, batch=8),
+                  processes)
+    while len(train.checkpoints(tmp_path)) < 2:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    last = int(train.checkpoints(tmp_path)[0][-8:])
+    assert last == log(tmp_path)[-1]["step"] < 400 and f"stopped after step {last} of 400" in output
+    assert len(train.checkpoints(tmp_path)) == 2
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_its_samples_and_a_saved_state(world, tmp_path):
+    model = weights.load(world[0])
+    with torch.no_grad():
+        model.decoder.norm.weight[0] = float("inf")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(InputError, match="step 0: the loss is nan.*data.jsonl:"):
+        train.main([*command(world, tmp_path / "out"), "--init", str(tmp_path / "broken")])
+    assert (tmp_path / "out" / "nonfinite-step-0" / "model.safetensors").exists()
+
+
+def test_damaged_samples_are_skipped_and_named_and_too_many_stop_the_run(world, tmp_path, capsys):
+    jsonl = pathlib.Path(write_data(tmp_path / "data"))
+    good = jsonl.read_text()
+    jsonl.write_text(good + '{"source_image": "gone.png", "input_text": "x", "generation_only": true}\n{broken\n')
+    train.main([*command(world, tmp_path / "out", steps=4), "--data", str(jsonl)])
+    printed = capsys.readouterr()
+    assert f"data.jsonl:{len(good.splitlines()) + 2}" in printed.out + printed.err
+    for picture in (tmp_path / "data").glob("*.png"):
+        picture.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="mend the data"):
+        train.main(["--stage", "1", "--init", world[0], "--data", str(jsonl), "--out", str(tmp_path / "none"),
+                    "--steps", "9", "--global-batch", "4", "--workers", "0"])
+
+
+def test_tokens_encoded_ahead_train_exactly_as_pictures_do(world, tmp_path):
+    data.main(["encode", world[1], "--weights", world[0], "--out", str(tmp_path / "codes"), "--workers", "0"])
+    train.main(command(world, tmp_path / "pictures"))
+    train.main(command(world, tmp_path / "tokens", "--codes", tmp_path / "codes", "--sample-every", 3))
+    np.testing.assert_allclose(losses(tmp_path / "tokens"), losses(tmp_path / "pictures"), rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost
+
+@pytest.mark.parametrize("flags", [[], ["--checkpoint-activations"], ["--fsdp"]])
+def test_the_start_prints_parts_batch_memory_and_steps(world, tmp_path, capsys, flags):
+    train.main([*command(world, tmp_path, *flags, steps=1)])
+    printed = capsys.readouterr().out
+    for part in ("encoder.clip", "frozen", "decoder", "trains", "4 samples x 1 ranks x 1 micro-batches = 4",
+                 "memory per rank", "activations (4 samples)", "steps: 1"):
+        assert part in printed
+
+
+def saved_bytes(objective, batch):
+    """Bytes that autograd keeps for the backward pass, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(batch).sum()
+    return sum(kept.values())
+
+
+def test_the_memory_formula_agrees_with_what_autograd_keeps():
+    config = replace(TINY, prefix_tokens=192, image_size=48, decoder=replace(TINY.decoder, layers=6, dropout=0.0),
+                     t5=replace(TINY.t5, layers=6, dropout=0.0))
+    model = Mentor(config)
+    objective = train.TokenObjective(model, None)
+    batch = {"ids": torch.full((2, 192), 7), "mask": torch.ones(2, 192, dtype=torch.bool), "drop": None,
+             "refs": torch.empty(0, 3, 56, 56), "tokens": torch.randint(64, (2, 144))}
+    for trains in (train.STAGES["1"].trains, train.STAGES["2"].trains):
+        train.freeze(objective, trains)
+        model.encoder.t5.encoder.relative_bias.requires_grad_(False)       # else the CPU's attention is not fused
+        full, half = train.activation_elements(config, 192, 144, trains)
+        assert 2 * 4 * (full + half) == pytest.approx(saved_bytes(objective, batch), rel=0.1)
+
+
+def test_full_size_stage_2_takes_one_optimizer_step_on_the_meta_device():
+    args = train.parse(["--stage", "2", "--data", "x", "--out", "x", "--device", "cpu"])
+    with torch.device("meta"):
+        mentor = Mentor(MentorConfig())
+        objective = train.TokenObjective(mentor, args)
+        train.freeze(objective, args.trains)
+        optimizer = train.make_optimizer(objective, args.lr)
+        batch = {"ids": torch.zeros(1, 512, dtype=torch.long), "mask": torch.ones(1, 512, dtype=torch.bool),
+                 "refs": torch.empty(1, 3, 224, 224), "tokens": torch.zeros(1, 1024, dtype=torch.long)}
+        objective(batch).sum().backward()
+        optimizer.step()
+    stepped = {id(p) for p, state in optimizer.state.items() if state["exp_avg"].shape == p.shape}
+    assert all(id(p) in stepped for p in mentor.parameters() if p.requires_grad)
+    gpu = train.Ranks(0, 8, torch.device("cuda"))
+    rows = train.memory(mentor, args, gpu, micro=4)
+    assert 8 < rows["parameters (fp32)"] < 10 and sum(rows.values()) < 80
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+@pytest.mark.full
+def test_eight_photographs_can_be_learnt_by_heart_in_every_task(tmp_path):
+    photos = material("MENTOR_PHOTOS", "photos")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i, path in enumerate(sorted(photos.glob("*/00.jpg"))[:8]):
+        stem = path.parent.name.rstrip("0123456789") + f"-{i:02}"
+        data.center_square(data.open_image(path), 96).save(folder / f"{stem}.png")
+        (folder / f"{stem}.txt").write_text(path.parent.name.replace("_", " "))
+        mask = Image.new("L", (96, 96))                        # the foreground is taken to be a drawn ellipse
+        ImageDraw.Draw(mask).ellipse((14, 14, 82, 82), fill=255)
+        mask.save(folder / f"{stem}.mask.png")
+    data.main(["folder", str(folder)])
+    common = ["--data", str(folder / "data.jsonl"), "--workers", "1", "--global-batch", "8", "--save-every", "10000",
+              "--sample-every", "10000"]
+    torch.manual_seed(0)
+    Mentor(replace(NO_DROPOUT, decoder=replace(NO_DROPOUT.decoder, layers=3, width=128)), byte_tokenizer()
+           ).save_pretrained(tmp_path / "init")
+    train.main(["--stage", "vqgan", "--init", str(tmp_path / "init"), "--out", str(tmp_path / "vq"), "--steps", "300",
+                "--lr", "2e-3", *common])
+    train.main(["--stage", "2", "--init", str(tmp_path / "vq"), "--out", str(tmp_path / "two"), "--steps", "500",
+                "--lr", "2e-3", *common])
+    last = log(tmp_path / "two")[-20:]
+    for task in train.STAGES["2"].tasks:
+        seen = [record["losses"][task] for record in last if task in record["losses"]]
+        assert seen and np.mean(seen) < 0.3, (task, np.mean(seen))
+    model = weights.load(tmp_path / "two")
+    for path in sorted(folder.glob("*[0-9].png")):
+        target = data.target_pixels(data.open_image(path), 24)[None]
+        tokens = model.vqgan.encode(target)[0]
+        ids, mask = model.prompter(path.with_suffix(".txt").read_text(), 0)
+        drawn = model.generate(model.prefix(ids[None, mask], mask[None, mask]), [0],
+                               replace(model.config.sampling, temperature=0.0))[0]
+        assert (drawn == tokens).float().mean() > 0.9, path.name

@@ -1,0 +1,780 @@
+"""Trains every part of MENTOR, stage by stage, on one process or many.
+
+    python train.py --stage 2 --data pairs.jsonl --init out/stage1 --out out/stage2
+    torchrun --nproc_per_node=8 train.py --stage 2 --data pairs.jsonl --init out/stage1 --out out/stage2
+
+A stage is one row of STAGES: what trains, on which tasks, how long. Every flag overrides its row. `--out` becomes a
+folder that `sample.py --weights` takes, with `log.jsonl`, a loss plot and pictures drawn along the way beside it, and
+checkpoints from which `--resume` goes on exactly. "Step" always means an optimizer step.
+
+In this file: stages, command line, schedule, objectives, processes, memory, checkpoints, evaluation, the loop.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+import weights
+from data import InputError
+from model import SIZES, Mentor, replace_folder
+from rope2d import PREFIX_ROPE
+from vqgan import Discriminator, Perceptual
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the recipe (paper section 4.1 and appendix)."""
+    trains: tuple                    # prefixes of the parameters' names
+    tasks: dict                      # task -> weight in the mixture
+    epochs: float
+    global_batch: int
+    lr: float
+    prefix_tokens: int = 512
+    prefix_rope: str | None = None   # None = as the weights it starts from
+
+
+ENCODER_AND_DECODER = ("encoder.connector", "encoder.t5", "projector", "decoder")
+STAGES = {
+    # the tokenizer; after LlamaGen's recipe, with its own discriminator
+    "vqgan": Stage(("vqgan",), {"picture": 1}, epochs=40, global_batch=128, lr=1e-4),
+    # text to image with the corrected rotary positions, from LlamaGen's weights
+    "rope": Stage(("projector", "decoder"), {"t2i": 1}, epochs=1, global_batch=256, lr=1e-4, prefix_rope="identity"),
+    # captions through the frozen T5
+    "connector": Stage(("encoder.connector",), {"caption": 1}, epochs=1, global_batch=256, lr=1e-3),
+    # multimodal alignment; the released code trained connector + T5 + output layer here instead
+    "1": Stage(("projector", "decoder"), {"t2i": 700, "reconstruct": 180, "segment": 1600}, epochs=1,
+               global_batch=128, lr=5e-4),
+    # instruction tuning: everything but CLIP
+    "2": Stage(ENCODER_AND_DECODER, {"t2i": 600, "segment": 150, "recover": 150, "subject": 400}, epochs=2,
+               global_batch=128, lr=1e-4),
+    # several subjects, up to four reference pictures
+    "multi": Stage(ENCODER_AND_DECODER, {"t2i": 600, "segment": 150, "recover": 150, "subject": 400, "multi": 1500},
+                   epochs=1, global_batch=128, lr=1e-4, prefix_tokens=1280),
+}
+BETAS, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.05, 1.0, 0.05, 0.1
+UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
+ADVERSARIAL = 0.1          # weight of the discriminator's opinion, in the second half of the tokenizer's training
+
+
+def parse(argv):
+    """Command line -> arguments whose stage row is filled in; flags that were not given come from the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what")
+    what.add_argument("--stage", required=True, choices=STAGES)
+    what.add_argument("--init", default="random", help="where the weights come from: random, a folder, a hub "
+                                                       f"repository, or one of {', '.join(weights.HUB)}")
+    what.add_argument("--model", choices=SIZES, help="size of a random start (default toy)")
+    what.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: the stage's")
+    what.add_argument("--prefix-tokens", type=int, help="longest prefix; default: the stage's")
+    what.add_argument("--size", type=int, help="pixels a side of the targets; default: the weights' own")
+    what.add_argument("--lpips", nargs=2, metavar=("VGG", "HEADS"), help="weights of a perceptual loss for --stage "
+                                                                         "vqgan: vgg16-397923af.pth and vgg.pth")
+    source = parser.add_argument_group("data")
+    source.add_argument("--data", action="append", required=True, metavar="JSONL", help="repeat for several")
+    source.add_argument("--val", action="append", metavar="JSONL", help="for validation losses and pictures")
+    source.add_argument("--backgrounds", action="append", metavar="JSONL", help="pictures for the recovery task")
+    source.add_argument("--codes", metavar="FOLDER", help="what `data.py encode` made of --data")
+    source.add_argument("--without", action="append", default=[], metavar="TASK", help="leave a task out; repeat")
+    source.add_argument("--workers", type=int, default=2, help="processes that load pictures, per rank")
+    how = parser.add_argument_group("how long and how fast")
+    how.add_argument("--steps", type=int, help="optimizer steps; default: from --epochs")
+    how.add_argument("--epochs", type=float)
+    how.add_argument("--global-batch", type=int)
+    how.add_argument("--micro-batch", type=int, help="samples a process computes at once; default: up to 8")
+    how.add_argument("--lr", type=float)
+    how.add_argument("--seed", type=int, default=0)
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="default: cuda, else cpu")
+    machine.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="spread parameters, "
+                         "gradients and optimizer over the ranks (FSDP2) instead of copying them (DDP)")
+    machine.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+                         help="compute activations twice instead of keeping them")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", required=True, metavar="FOLDER")
+    output.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
+                        help="go on from the newest checkpoint in --out")
+    output.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    output.add_argument("--sample-every", type=int, default=500, help="steps between validations")
+    output.add_argument("--keep", type=int, default=2, help="checkpoints to keep")
+    args = parser.parse_args(argv)
+    stage = STAGES[args.stage]
+    for name in ("epochs", "global_batch", "lr", "prefix_tokens", "prefix_rope"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(stage, name))
+    if unknown := set(args.without) - set(stage.tasks):
+        raise InputError(f"--without {' '.join(unknown)}: stage {args.stage} has no such task; its tasks are "
+                         f"{', '.join(stage.tasks)}")
+    args.tasks = {task: weight for task, weight in stage.tasks.items() if task not in args.without}
+    args.trains = stage.trains
+    if not args.tasks:
+        raise InputError(f"--without leaves stage {args.stage} no task; remove one of them")
+    if args.model and args.init != "random":
+        raise InputError("--model is for --init random; other weights bring their own size")
+    return args
+
+
+def lr_at(step, steps, peak):
+    """Learning rate of a step (from 0): linear warm-up over 5 % of the steps, then a cosine down to a tenth."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives: batch -> losses (B,), each the sum over a sample's elements, so that any split of a batch adds up
+
+class TokenObjective(nn.Module):
+    """Next-token cross entropy: stages rope, 1, 2 and multi."""
+
+    def __init__(self, mentor, args):
+        super().__init__()
+        self.mentor = mentor
+
+    @staticmethod
+    def elements(batch, config):
+        """How many terms the losses of this batch are sums of."""
+        return len(batch["ids"]) * config.grid**2
+
+    def forward(self, batch, late=False):
+        if (tokens := batch.get("tokens")) is None:
+            with torch.autocast(batch["ids"].device.type, enabled=False):
+                tokens = self.mentor.vqgan.encode(batch["target"])                        # (B, T)
+        losses, _ = self.mentor(batch["ids"], batch["mask"], batch["refs"], tokens, batch.get("drop"))
+        if not len(batch["refs"]):             # text alone still touches the connector: every rank has its gradients
+            losses = losses + 0 * sum(p.sum() for p in self.mentor.encoder.connector.parameters())
+        return losses.sum(dim=1)                                                          # (B,)
+
+
+class CaptionObjective(nn.Module):
+    """Captions through T5's frozen decoder half: stage connector."""
+
+    def __init__(self, mentor, args):
+        super().__init__()
+        self.mentor = mentor
+
+    @staticmethod
+    def elements(batch, config):
+        return int((batch["labels"] != -100).sum())
+
+    def forward(self, batch, late=False):
+        h = self.mentor.encoder(batch["ids"], batch["mask"], batch["refs"])
+        return self.mentor.encoder.t5.caption_losses(h, batch["mask"], batch["labels"]).sum(dim=1)
+
+
+class PixelObjective(nn.Module):
+    """Reconstruction, codebook, perceptual and adversarial terms: stage vqgan."""
+
+    def __init__(self, mentor, args):
+        super().__init__()
+        self.mentor = mentor
+        self.discriminator = Discriminator()
+        self.perceptual = None
+        if args.lpips:
+            self.perceptual = Perceptual().load(*map(weights.read_tensors, args.lpips)).requires_grad_(False)
+
+    @staticmethod
+    def elements(batch, config):
+        return len(batch["target"])
+
+    def forward(self, batch, late=False):
+        real = batch["target"]
+        fake, codebook_loss, _ = self.mentor.vqgan(real)
+        loss = (fake - real).abs().mean((1, 2, 3)) + (fake - real).square().mean((1, 2, 3)) + codebook_loss
+        if self.perceptual is not None:
+            loss = loss + self.perceptual(fake, real)
+        # the discriminator learns (hinge loss) from the first step; the tokenizer listens to it later, through a copy
+        # of its weights that takes no gradient, so that one backward pass serves both
+        loss = loss + F.relu(1 - self.discriminator(real)).mean((1, 2, 3))
+        loss = loss + F.relu(1 + self.discriminator(fake.detach())).mean((1, 2, 3))
+        if late:
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            opinion = torch.func.functional_call(self.discriminator, frozen, (fake,))
+            loss = loss - ADVERSARIAL * opinion.mean((1, 2, 3))
+        return loss                                                                       # (B,)
+
+
+OBJECTIVES = {"vqgan": PixelObjective, "connector": CaptionObjective}
+
+
+def freeze(objective, trains):
+    """Only the named parts of the model train; the others stay in eval mode, so without dropout."""
+    objective.train()
+    for name, parameter in objective.mentor.named_parameters():
+        parameter.requires_grad_(name.startswith(trains))
+    for name in ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan"):
+        if not name.startswith(trains):
+            objective.mentor.get_submodule(name).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+@dataclass
+class Ranks:
+    """Where this process stands among all; a single process is rank 0 of 1."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device):
+        """Joins what torchrun started, if it did."""
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"--device {name}: there is no CUDA here; use --device cpu")
+        if "RANK" not in os.environ:
+            return cls(0, 1, torch.device(name))
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), torch.device(name))
+
+    def sum(self, values):
+        """Sums a list of numbers over all ranks."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, thing):
+        """Every rank's small Python object, in order of ranks."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def wrap(objective, args, ranks):
+    """The objective as all ranks train it together; the blocks compiled and checkpointed as asked for."""
+    mentor = objective.mentor
+    blocks = [*mentor.decoder.layers, *mentor.encoder.t5.encoder.blocks]
+    for block in blocks:
+        if args.checkpoint_activations:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            block.compile()
+    if ranks.world == 1:
+        return objective
+    if not args.fsdp:
+        return DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(objective, mesh=mesh)
+
+
+def accumulating(model, last):
+    """Context of one micro-batch: gradients travel between ranks only with the last one of a step."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def make_optimizer(objective, lr):
+    """AdamW; weight decay on matrices only."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=BETAS,
+                             fused=trained[0].is_cuda)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it will cost
+
+def activation_elements(config, prefix_rows, image_tokens, trains):
+    """Numbers kept for the backward pass by one sample of a token stage, counted layer by layer.
+
+    -> (kept in fp32 whatever autocast does, kept in the compute type); attention is taken to be fused, so that no
+    scores are kept. A sample passes T5 (if it or what lies before it trains), then the decoder.
+    """
+    d, t5 = config.decoder, config.t5
+    length = prefix_rows + image_tokens - 1
+    full = d.layers * length * 4 * d.width                     # two residual streams and two normed products
+    half = d.layers * length * (9 * d.width + 4 * d.hidden)    # norms' outputs; q, k, v and their turns; feed-forward
+    full += image_tokens * config.decoder.codes                # log-probabilities
+    if any(part.startswith("encoder") for part in trains):
+        inner = t5.heads * t5.head_dim
+        full += t5.layers * prefix_rows * 4 * t5.width
+        half += t5.layers * prefix_rows * (2 * t5.width + 5 * inner + 5 * t5.mlp)
+    return full, half
+
+
+def memory(mentor, args, ranks, micro):
+    """GiB a rank needs, by formula: {what: GiB}. Activations are known for the token stages only."""
+    share = ranks.world if args.fsdp else 1
+    total = sum(p.numel() for p in mentor.parameters())
+    trained = sum(p.numel() for p in mentor.parameters() if p.requires_grad)
+    low = 2 if ranks.device.type == "cuda" else 4              # bytes of the compute type
+    rows = {"parameters (fp32)": 4 * total / share, "gradients (fp32)": 4 * trained / share,
+            "AdamW (fp32)": 8 * trained / share}
+    if low == 2:
+        rows["bf16 copies"] = 2 * trained
+    if args.stage not in OBJECTIVES:
+        full, half = activation_elements(mentor.config, args.prefix_tokens, mentor.config.grid**2, args.trains)
+        sample = 4 * full + low * half
+        if args.checkpoint_activations:        # the input of every block, and one block in full
+            blocks = mentor.config.decoder.layers + mentor.config.t5.layers
+            length = args.prefix_tokens + mentor.config.grid**2
+            sample = sample / blocks + 4 * blocks * length * mentor.config.decoder.width
+        rows[f"activations ({micro} samples)"] = micro * sample
+    return {what: count / 2**30 for what, count in rows.items()}
+
+
+def report(mentor, args, ranks, steps, accum, samples):
+    """Prints what will happen: parts, batch arithmetic, memory and length."""
+    print(f"stage {args.stage}: " + ", ".join(f"{name} {getattr(args, name)}" for name in
+                                              ("tasks", "epochs", "lr", "prefix_tokens", "prefix_rope", "seed")))
+    for name in ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan"):
+        parameters = list(mentor.get_submodule(name).parameters())
+        millions = sum(p.numel() for p in parameters) / 1e6
+        print(f"  {name:18} {millions:9.2f} M  {'trains' if parameters[0].requires_grad else 'frozen'}")
+    print(f"batch: {args.micro_batch} samples x {ranks.world} ranks x {accum} micro-batches = {args.global_batch}")
+    print(f"steps: {steps} of {args.global_batch} samples, {samples} samples an epoch")
+    rows = memory(mentor, args, ranks, args.micro_batch)
+    print("memory per rank, estimated: " + ", ".join(f"{what} {gib:.2f} GiB" for what, gib in rows.items())
+          + f"; together {sum(rows.values()):.2f} GiB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: out/step-00000500/ is a model folder plus training.safetensors and training.json; the newest model's
+# files are linked into out/ itself, so that `sample.py --weights out` always works
+
+STEP = re.compile(r"step-(\d{8})$")
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+CRITIC = "discriminator."
+
+
+def save_checkpoint(model, optimizer, mentor, args, ranks, step, folder):
+    """Writes a checkpoint after `step` optimizer steps; it appears complete or not at all."""
+    state = get_model_state_dict(model, options=FULL)          # on rank 0: everything, gathered
+    moments = get_optimizer_state_dict(model, optimizer, options=FULL)
+    if ranks.rank == 0:
+        part = f"{folder}.part"
+        mentor.save_pretrained(part, {name.removeprefix("mentor."): tensor for name, tensor in state.items()
+                                      if name.startswith("mentor.")})
+        tensors = {name: tensor for name, tensor in state.items() if name.startswith(CRITIC)}
+        for name, values in moments["state"].items():
+            tensors |= {f"{key}:{name}": tensor for key, tensor in values.items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
+                  os.path.join(part, "training.safetensors"))
+        with open(os.path.join(part, "training.json"), "w") as file:
+            json.dump({"step": step, "args": vars(args)}, file, indent=1)
+        replace_folder(part, folder)
+    ranks.barrier()
+
+
+def publish(folder, out, keep):
+    """Links the model's files of a checkpoint into out/ and removes all but the newest `keep` checkpoints."""
+    for name in weights.OWN_FILES:
+        if os.path.exists(os.path.join(folder, name)):
+            link = os.path.join(out, f"{name}.part")
+            if os.path.exists(link):
+                os.remove(link)
+            try:
+                os.link(os.path.join(folder, name), link)
+            except OSError:                    # a file system without links
+                shutil.copyfile(os.path.join(folder, name), link)
+            os.replace(link, os.path.join(out, name))
+    for old in checkpoints(out)[keep:]:
+        shutil.rmtree(old)
+
+
+def checkpoints(out):
+    """All complete checkpoints of a run, newest first."""
+    names = sorted((name for name in os.listdir(out) if STEP.match(name)), reverse=True) if os.path.isdir(out) else []
+    return [os.path.join(out, name) for name in names]
+
+
+def read_checkpoint(folder, t5_decoder):
+    """-> model, tensors of the training state, its settings; raises InputError where anything is damaged."""
+    try:
+        with open(os.path.join(folder, "training.json")) as file:
+            settings = json.load(file)
+        return (weights.load(folder, t5_decoder=t5_decoder),
+                load_file(os.path.join(folder, "training.safetensors")), settings)
+    except InputError:
+        raise
+    except Exception as error:                 # truncated files fail in many ways
+        raise InputError(f"{folder}: is damaged ({type(error).__name__}: {error})") from None
+
+
+def newest_checkpoint(out, t5_decoder, log):
+    """The newest checkpoint that can be read, else the one before, and so on. -> as read_checkpoint"""
+    for folder in checkpoints(out):
+        try:
+            return read_checkpoint(folder, t5_decoder)
+        except InputError as error:
+            log(f"{error}; falling back to the checkpoint before it")
+    raise InputError(f"{out}: holds no checkpoint to resume from; leave out --resume to start anew")
+
+
+def restore(model, optimizer, tensors):
+    """Puts the optimizer's moments back."""
+    moments = {}
+    for name, tensor in tensors.items():
+        if ":" in name:
+            key, parameter = name.split(":", 1)
+            moments.setdefault(parameter, {})[key] = tensor
+    state = {"state": moments, "param_groups": get_optimizer_state_dict(model, optimizer)["param_groups"]}
+    set_optimizer_state_dict(model, optimizer, state, options=FULL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching it: validation losses, pictures, the loss plot
+
+VAL_SAMPLES, SHEET_ROWS = 128, 4
+
+
+def to_device(batch, device, drop=None):
+    """A batch's tensors on the device, its prompts cut to the longest; what is behind is padding."""
+    longest = int(batch["mask"].sum(dim=1).max())
+    batch = {**batch, "ids": batch["ids"][:, :longest], "mask": batch["mask"][:, :longest]}
+    if drop is not None:
+        batch["drop"] = drop
+    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()}
+
+
+def evaluation_mode(model):
+    """Switches dropout off. -> the modules to switch back with `for m in modules: m.training = True`"""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    return training
+
+
+@torch.no_grad()
+def validate(model, mentor, val, args, ranks, autocast):
+    """Mean loss an element for every task of the validation data, the batches shared among the ranks."""
+    training = evaluation_mode(model)
+    micro, count = args.micro_batch, min(len(val), VAL_SAMPLES)
+    starts = list(range(0, count, micro))
+    sums = dict.fromkeys(val.tasks, 0.0), dict.fromkeys(val.tasks, 0)
+    for turn in range(0, len(starts), ranks.world):
+        # where a rank has no batch left it repeats one without counting it: FSDP needs all ranks in every forward
+        mine = turn + ranks.rank
+        start = starts[min(mine, len(starts) - 1)]
+        samples = [val[k] for k in range(start, min(start + micro, count))]
+        batch = data.collate(samples)
+        with autocast():
+            losses = model(to_device(batch, ranks.device)).float()
+        each = OBJECTIVES.get(args.stage, TokenObjective).elements
+        for sample, loss in zip(samples, losses.tolist()):
+            if mine < len(starts):
+                sums[0][sample["task"]] += loss
+                sums[1][sample["task"]] += each(data.collate([sample]), mentor.config)
+    totals = ranks.sum([*sums[0].values(), *sums[1].values()])
+    for module in training:
+        module.training = True
+    half = len(val.tasks)
+    return {task: totals[i] / totals[half + i] for i, task in enumerate(val.tasks) if totals[half + i]}
+
+
+@torch.no_grad()
+def draw_rows(model, mentor, val, args, ranks, autocast):
+    """reference | prompt | sample | target of fixed validation samples, each drawn by one rank. -> a sheet on rank 0
+
+    For the tokenizer the sample is the reconstruction; for the connector a caption is not drawn, there is no sheet.
+    """
+    if args.stage == "connector":
+        return None
+    config, tiles, training = mentor.config, [], evaluation_mode(model)
+    if args.fsdp and ranks.world > 1:
+        model.unshard()                        # what is not called through `model` does not gather its weights itself
+    rows = [int(k) for k in np.linspace(0, len(val) - 1, min(SHEET_ROWS, len(val)))]
+    for turn in range(0, len(rows), ranks.world):
+        k = rows[min(turn + ranks.rank, len(rows) - 1)]
+        batch = to_device(data.collate([val[k]]), ranks.device)
+        with autocast():
+            if args.stage == "vqgan":
+                tokens = mentor.vqgan.encode(batch["target"])
+            else:
+                prefix = mentor.prefix(batch["ids"], batch["mask"], batch["refs"])
+                tokens = mentor.generate(prefix, [args.seed])
+        picture = mentor.vqgan.decode(tokens.clone()).float().cpu()
+        if "target" not in batch:
+            batch["target"] = mentor.vqgan.decode(batch["tokens"])
+        batch = {key: value.float().cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        tiles += [data.tile(batch, max(config.prefix_tokens // config.vision.grid**2, 1) + 2, drawn=picture[0])]
+    if args.fsdp and ranks.world > 1:
+        model.reshard()
+    for module in training:
+        module.training = True
+    tiles = [tile for turn in zip(*ranks.gather(tiles)) for tile in turn][:len(rows)]
+    return data.contact_sheet(tiles, columns=1) if ranks.rank == 0 else None
+
+
+def plot(log_path, out):
+    """Draws the losses of log.jsonl against the steps: training grey, validation in colours."""
+    with open(log_path) as file:
+        records = [json.loads(line) for line in file]
+    curves = {}
+    for record in records:
+        if "loss" in record:
+            curves.setdefault("train", []).append((record["step"], record["loss"]))
+        for task, loss in record.get("val", {}).items():
+            curves.setdefault(f"val {task}", []).append((record["step"], loss))
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return
+    width, height, margin = 800, 450, 50
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    def place(step, loss):
+        return (margin + (width - 2 * margin) * (step - left) / max(right - left, 1),
+                height - margin - (height - 2 * margin) * (loss - low) / max(high - low, 1e-9))
+    pen.rectangle((margin, margin, width - margin, height - margin), outline="black")
+    for text, spot in ((f"{high:.3g}", (4, margin)), (f"{low:.3g}", (4, height - margin - 10)),
+                       (f"{left}", (margin, height - margin + 4)), (f"step {right}", (width - 110, height - margin + 4))):
+        pen.text(spot, text, fill="black")
+    colours = ["grey", "red", "blue", "green", "orange", "purple", "brown", "teal", "magenta"]
+    for i, (name, curve) in enumerate(curves.items()):
+        pen.line([place(*point) for point in curve] * (2 if len(curve) == 1 else 1), fill=colours[i % len(colours)],
+                 width=2)
+        pen.text((margin + 10 + 90 * i, margin - 16), name, fill=colours[i % len(colours)])
+    image.save(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+class Stop:
+    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def dropped(args, position, count):
+    """Which of the samples at position, position + 1, ... learn the unconditional rows: a function of (seed, sample)."""
+    draws = [np.random.default_rng((args.seed, 1, k)).random() for k in range(position, position + count)]
+    return torch.tensor(draws) < UNCONDITIONAL
+
+
+def start_model(args, log):
+    """Weights to start from, or to resume. -> model, tensors of the training state or None, steps done"""
+    captions = args.stage == "connector"
+    if args.resume:
+        mentor, tensors, saved = newest_checkpoint(args.out, captions, log)
+        for name in ("stage", "seed", "global_batch", "tasks", "data", "lr", "steps"):
+            if saved["args"][name] != getattr(args, name) and not (name == "steps" and args.steps is None):
+                raise InputError(f"--resume: the run was started with {name} {saved['args'][name]}, not "
+                                 f"{getattr(args, name)}; give the same, or start a new run in another --out")
+        args.steps = saved["args"]["steps"]
+        return mentor, tensors, saved["step"]
+    if args.init == "random":
+        mentor = Mentor.random(args.model or "toy", args.seed, captions, args.prefix_rope, args.prefix_tokens)
+    else:
+        mentor = weights.load(args.init, prefix_rope=args.prefix_rope, prefix_tokens=args.prefix_tokens,
+                              t5_decoder=captions, log=log)
+    return mentor, None, 0
+
+
+def start_data(args, mentor, log):
+    """-> training data, data to validate on and to draw from."""
+    config = mentor.config
+    options = dict(prompter=mentor.prompter, image_size=config.image_size, clip_size=config.vision.image_size,
+                   seed=args.seed, backgrounds=args.backgrounds or ())
+    train = data.TaskData(args.data, weights=args.tasks, codes=args.codes, **options)
+    for problem in train.problems:
+        log(f"skipped {problem}")
+    if not args.val:
+        return train, train
+    present = {"picture", "caption"} | set(data.TaskData(args.val, **options).tasks)
+    return train, data.TaskData(args.val, weights={task: None for task in args.tasks if task in present}, **options)
+
+
+def batch_arithmetic(args, ranks, samples):
+    """-> micro-batches a rank computes in a step, steps of the whole run; fills in args.micro_batch and args.steps."""
+    share = args.global_batch / ranks.world
+    if args.micro_batch is None:
+        args.micro_batch = max((m for m in range(1, 9) if share % m == 0), default=1)
+    accum = args.global_batch // (args.micro_batch * ranks.world)
+    if accum * args.micro_batch * ranks.world != args.global_batch:
+        raise InputError(f"--global-batch {args.global_batch} is no multiple of --micro-batch {args.micro_batch} x "
+                         f"{ranks.world} ranks; change one of them")
+    args.steps = args.steps or max(1, round(args.epochs * samples / args.global_batch))
+    return accum, args.steps
+
+
+def used_memory(device):
+    """GiB: on a GPU the most it held, else the most this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def trim_log(path, steps):
+    """Removes what an interrupted run logged behind its last checkpoint, so that no step stands there twice."""
+    if os.path.exists(path):
+        with open(path) as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= steps]
+        with open(f"{path}.part", "w") as file:
+            file.writelines(kept)
+        os.replace(f"{path}.part", path)
+
+
+def train_step(model, mentor, optimizer, micros, args, ranks, autocast, late):
+    """One optimizer step over this rank's micro-batches, given as (batch, drop).
+
+    -> {"loss", "losses" per task, "grad_norm"}; where they are not finite the weights are left as they were.
+    """
+    each = OBJECTIVES.get(args.stage, TokenObjective).elements
+    counts, sums = dict.fromkeys(args.tasks, 0.0), dict.fromkeys(args.tasks, 0.0)
+    total = ranks.sum([sum(each(batch, mentor.config) for batch, _ in micros)])[0]
+    for i, (batch, drop) in enumerate(micros):
+        with accumulating(model, last=i == len(micros) - 1):
+            with autocast():
+                losses = model(to_device(batch, ranks.device, drop), late)                # (B,), sums over elements
+            # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
+            (losses.float().sum() * (ranks.world / total)).backward()
+        for task, loss in zip(batch["tasks"], losses.tolist()):
+            sums[task] += loss
+            counts[task] += 1
+    totals = ranks.sum([*sums.values(), *counts.values()])
+    sums, counts = dict(zip(sums, totals)), dict(zip(counts, totals[len(sums):]))
+    loss, per_sample = sum(sums.values()) / total, total / sum(counts.values())
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP_NORM)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    losses = {task: sums[task] / counts[task] / per_sample for task in sums if counts[task]}
+    return {"loss": loss, "losses": losses, "grad_norm": norm}
+
+
+def main(argv=None):
+    # the command
+    args = parse(argv)
+    ranks = Ranks.join(args.device)
+    log = tqdm.write if ranks.rank == 0 else lambda line: None
+    if ranks.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    autocast = functools.partial(torch.autocast, ranks.device.type, torch.bfloat16,
+                                 enabled=ranks.device.type == "cuda")
+
+    # the model and its data
+    mentor, saved, first = start_model(args, log)
+    args.prefix_tokens, args.prefix_rope = mentor.config.prefix_tokens, mentor.config.decoder.prefix_rope
+    args.size = mentor.check_size(args.size or mentor.config.image_size)
+    mentor.config = replace(mentor.config, image_size=args.size)
+    train, val = start_data(args, mentor, log)
+    accum, steps = batch_arithmetic(args, ranks, len(train))
+    torch.manual_seed(args.seed)               # the discriminator starts the same on every rank
+    objective = OBJECTIVES.get(args.stage, TokenObjective)(mentor, args)
+    freeze(objective, args.trains)
+    if saved:
+        objective.load_state_dict({name: t for name, t in saved.items() if name.startswith(CRITIC)}, strict=False)
+    if ranks.rank == 0:
+        report(mentor, args, ranks, steps, accum, len(train))
+    model = wrap(objective.to(ranks.device), args, ranks)
+    optimizer = make_optimizer(objective, args.lr)
+    if saved:
+        restore(model, optimizer, saved)
+
+    # the loop
+    os.makedirs(args.out, exist_ok=True)
+    log_path, stop, problems = os.path.join(args.out, "log.jsonl"), Stop(), data.Problems(tqdm.write)
+    def save(step, name=None):
+        folder = os.path.join(args.out, name or f"step-{step:08}")
+        save_checkpoint(model, optimizer, mentor, args, ranks, step, folder)
+        if ranks.rank == 0 and name is None:
+            publish(folder, args.out, args.keep)
+        return folder
+    if ranks.rank == 0:
+        trim_log(log_path, first)
+    loader = data.batches(train, first * args.global_batch, steps * args.global_batch, args.micro_batch, ranks.rank,
+                          ranks.world, args.workers)
+    bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=ranks.rank > 0)
+    for step in bar:
+        begun = time.perf_counter()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 4_001 + ranks.rank)     # dropout belongs to (seed, step, rank)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, steps, args.lr)
+        micros = []
+        for i in range(accum):
+            batch = next(loader)
+            problems.add(batch["problems"], len(batch["names"]))
+            position = step * args.global_batch + (i * ranks.world + ranks.rank) * args.micro_batch
+            micros.append((batch, dropped(args, position, len(batch["names"]))))
+        record = train_step(model, mentor, optimizer, micros, args, ranks, autocast, late=step >= steps // 2)
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            names = [name for part in ranks.gather([n for batch, _ in micros for n in batch["names"]]) for name in part]
+            folder = save(step, f"nonfinite-step-{step}")
+            raise InputError(f"step {step}: the loss is {record['loss']} and the gradient {record['grad_norm']}; the "
+                             f"state before it is in {folder}, its samples are {', '.join(names)}; look at them or "
+                             f"lower --lr")
+        done = step + 1
+        if done % args.sample_every == 0 or done == steps:
+            if args.val:
+                record["val"] = validate(model, mentor, val, args, ranks, autocast)
+            if sheet := draw_rows(model, mentor, val, args, ranks, autocast):
+                sheet.save(os.path.join(args.out, f"samples-{done:08}.png"))
+        if ranks.rank == 0:
+            seconds = time.perf_counter() - begun
+            record = {"step": done, "lr": optimizer.param_groups[0]["lr"], "samples_per_s": args.global_batch / seconds,
+                      "memory_gib": used_memory(ranks.device), **record}
+            with open(log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {record['samples_per_s']:.1f} "
+                                f"samples/s, {record['memory_gib']:.1f} GiB")
+        leave = ranks.sum([stop.asked])[0] > 0
+        if done % args.save_every == 0 or done == steps or leave:
+            save(done)
+        if leave and done < steps:
+            log(f"stopped after step {done} of {steps}; --resume goes on from there")
+            break
+    if ranks.rank == 0:
+        plot(log_path, os.path.join(args.out, "loss.png"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run(main)
