@@ -371,8 +371,8 @@ class MultimodalEncoder(nn.Module):
         given = len(refs) * self.clip.config.grid**2
         wanted = given if ids.is_meta else int(is_image.sum())     # a dry run on the meta device has no values
         if wanted != given:
-            raise InputError(f"the prompts have {wanted} <image> tokens but {len(refs)} reference pictures give {given} "
-                             f"patches; write {self.clip.config.grid**2} <image> tokens for each picture")
+            raise InputError(f"the prompts have {wanted} <image> tokens but {len(refs)} reference pictures give "
+                             f"{given} patches; write {self.clip.config.grid**2} <image> tokens for each picture")
         if len(refs):
             patches = self.connector(self.clip(refs.type_as(rows)))                       # (K, P, C)
             rows = rows.masked_scatter(is_image.unsqueeze(-1), patches.type_as(rows))     # in order, as pictures come

@@ -208,7 +208,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, mask, cache=None, layer=None):
-        """x: (B, L, D); rope: the table of these L positions; mask: (B, 1, L, keys), added to the scores. -> (B, L, D)"""
+        """x: (B, L, D); rope: the table of these positions; mask: (B, 1, L, keys), added to scores. -> (B, L, D)"""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, hd)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:

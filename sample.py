@@ -50,8 +50,8 @@ def parse(argv):
     how.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
     how.add_argument("--top-p", type=float, help="draw among the likeliest tokens that together reach p")
     where = parser.add_argument_group("with what and where")
-    where.add_argument("--weights", help=f"a folder, a hub repository (owner/name), random, or one of {', '.join(HUB)}; "
-                                         f"default mentor")
+    where.add_argument("--weights", help=f"a folder, a hub repository (owner/name), random, or one of "
+                                         f"{', '.join(HUB)}; default mentor")
     where.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: as trained")
     where.add_argument("--out", help="a PNG's name, or a folder; default out/")
     where.add_argument("--device", help="default: cuda, else mps, else cpu")

@@ -19,7 +19,7 @@ import resource
 import shutil
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -223,7 +223,8 @@ class PixelObjective(nn.Module):
         return loss                                                                       # (B,)
 
 
-OBJECTIVES = {"vqgan": PixelObjective, "connector": CaptionObjective}
+OBJECTIVES = {"vqgan": PixelObjective, "connector": CaptionObjective}      # all other stages: TokenObjective
+PARTS = ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan")
 
 
 def freeze(objective, trains):
@@ -231,7 +232,7 @@ def freeze(objective, trains):
     objective.train()
     for name, parameter in objective.mentor.named_parameters():
         parameter.requires_grad_(name.startswith(trains))
-    for name in ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan"):
+    for name in PARTS:
         if not name.startswith(trains):
             objective.mentor.get_submodule(name).eval()
 
@@ -352,25 +353,66 @@ def memory(mentor, args, ranks, micro):
     if args.stage not in OBJECTIVES:
         full, half = activation_elements(mentor.config, args.prefix_tokens, mentor.config.grid**2, args.trains)
         sample = 4 * full + low * half
-        if args.checkpoint_activations:        # the input of every block, and one block in full
-            blocks = mentor.config.decoder.layers + mentor.config.t5.layers
-            length = args.prefix_tokens + mentor.config.grid**2
-            sample = sample / blocks + 4 * blocks * length * mentor.config.decoder.width
+        if args.checkpoint_activations:        # the input of every block, one block in full, and the log-probabilities
+            d, t5, tokens = mentor.config.decoder, mentor.config.t5, mentor.config.grid**2
+            inputs = d.layers * (args.prefix_tokens + tokens) * d.width + t5.layers * args.prefix_tokens * t5.width
+            sample = 4 * inputs + sample / (d.layers + t5.layers) + 4 * tokens * d.codes
         rows[f"activations ({micro} samples)"] = micro * sample
     return {what: count / 2**30 for what, count in rows.items()}
 
 
-def report(mentor, args, ranks, steps, accum, samples):
+@dataclass
+class Run:
+    """Everything a run needs, made once by `prepare`."""
+    args: argparse.Namespace
+    ranks: Ranks
+    mentor: Mentor
+    model: nn.Module                 # the objective around the mentor, wrapped for all ranks
+    optimizer: torch.optim.Optimizer
+    train: data.TaskData
+    val: data.TaskData               # the training data where no --val was given
+    accum: int                       # micro-batches a rank computes in a step
+    first: int                       # steps done before
+    log: object                      # takes a line; silent but on rank 0
+
+    def autocast(self):
+        """bf16 products over fp32 weights on a GPU, plain fp32 elsewhere."""
+        device = self.ranks.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+    @property
+    def elements(self):
+        """How many terms a batch's losses are sums of."""
+        return OBJECTIVES.get(self.args.stage, TokenObjective).elements
+
+    @contextmanager
+    def evaluating(self):
+        """Without dropout and gradients, and with FSDP's shards gathered for what is not called through `model`."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        sharded = hasattr(self.model, "unshard")
+        if sharded:
+            self.model.unshard()
+        with torch.no_grad():
+            yield
+        if sharded:
+            self.model.reshard()
+        for module in training:
+            module.training = True
+
+
+def report(run):
     """Prints what will happen: parts, batch arithmetic, memory and length."""
+    args, ranks = run.args, run.ranks
     print(f"stage {args.stage}: " + ", ".join(f"{name} {getattr(args, name)}" for name in
                                               ("tasks", "epochs", "lr", "prefix_tokens", "prefix_rope", "seed")))
-    for name in ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan"):
-        parameters = list(mentor.get_submodule(name).parameters())
+    for name in PARTS:
+        parameters = list(run.mentor.get_submodule(name).parameters())
         millions = sum(p.numel() for p in parameters) / 1e6
         print(f"  {name:18} {millions:9.2f} M  {'trains' if parameters[0].requires_grad else 'frozen'}")
-    print(f"batch: {args.micro_batch} samples x {ranks.world} ranks x {accum} micro-batches = {args.global_batch}")
-    print(f"steps: {steps} of {args.global_batch} samples, {samples} samples an epoch")
-    rows = memory(mentor, args, ranks, args.micro_batch)
+    print(f"batch: {args.micro_batch} samples x {ranks.world} ranks x {run.accum} micro-batches = {args.global_batch}")
+    print(f"steps: {args.steps} of {args.global_batch} samples, {len(run.train)} samples an epoch")
+    rows = memory(run.mentor, args, ranks, args.micro_batch)
     print("memory per rank, estimated: " + ", ".join(f"{what} {gib:.2f} GiB" for what, gib in rows.items())
           + f"; together {sum(rows.values()):.2f} GiB")
 
@@ -384,39 +426,42 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 CRITIC = "discriminator."
 
 
-def save_checkpoint(model, optimizer, mentor, args, ranks, step, folder):
-    """Writes a checkpoint after `step` optimizer steps; it appears complete or not at all."""
-    state = get_model_state_dict(model, options=FULL)          # on rank 0: everything, gathered
-    moments = get_optimizer_state_dict(model, optimizer, options=FULL)
-    if ranks.rank == 0:
+def save_checkpoint(run, step, name=None):
+    """Writes the state after `step` optimizer steps; it appears complete or not at all. -> its folder"""
+    out, state = run.args.out, get_model_state_dict(run.model, options=FULL)   # on rank 0: everything, gathered
+    folder = os.path.join(out, name or f"step-{step:08}")
+    moments = get_optimizer_state_dict(run.model, run.optimizer, options=FULL)
+    if run.ranks.rank == 0:
         part = f"{folder}.part"
-        mentor.save_pretrained(part, {name.removeprefix("mentor."): tensor for name, tensor in state.items()
-                                      if name.startswith("mentor.")})
+        run.mentor.save_pretrained(part, {name.removeprefix("mentor."): tensor for name, tensor in state.items()
+                                          if name.startswith("mentor.")})
         tensors = {name: tensor for name, tensor in state.items() if name.startswith(CRITIC)}
-        for name, values in moments["state"].items():
-            tensors |= {f"{key}:{name}": tensor for key, tensor in values.items()}
+        for parameter, values in moments["state"].items():
+            tensors |= {f"{key}:{parameter}": tensor for key, tensor in values.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
                   os.path.join(part, "training.safetensors"))
         with open(os.path.join(part, "training.json"), "w") as file:
-            json.dump({"step": step, "args": vars(args)}, file, indent=1)
+            json.dump({"step": step, "args": vars(run.args)}, file, indent=1)
         replace_folder(part, folder)
-    ranks.barrier()
+        if name is None:
+            publish(folder, out)
+            for old in checkpoints(out)[run.args.keep:]:
+                shutil.rmtree(old)
+    run.ranks.barrier()
+    return folder
 
 
-def publish(folder, out, keep):
-    """Links the model's files of a checkpoint into out/ and removes all but the newest `keep` checkpoints."""
+def publish(folder, out):
+    """Links the model's files of a checkpoint into out/, each in place of the one before."""
     for name in weights.OWN_FILES:
-        if os.path.exists(os.path.join(folder, name)):
-            link = os.path.join(out, f"{name}.part")
-            if os.path.exists(link):
-                os.remove(link)
-            try:
-                os.link(os.path.join(folder, name), link)
-            except OSError:                    # a file system without links
-                shutil.copyfile(os.path.join(folder, name), link)
-            os.replace(link, os.path.join(out, name))
-    for old in checkpoints(out)[keep:]:
-        shutil.rmtree(old)
+        link = os.path.join(out, f"{name}.part")
+        if os.path.exists(link):
+            os.remove(link)
+        try:
+            os.link(os.path.join(folder, name), link)
+        except OSError:                        # a file system without links
+            shutil.copyfile(os.path.join(folder, name), link)
+        os.replace(link, os.path.join(out, name))
 
 
 def checkpoints(out):
@@ -425,26 +470,19 @@ def checkpoints(out):
     return [os.path.join(out, name) for name in names]
 
 
-def read_checkpoint(folder, t5_decoder):
-    """-> model, tensors of the training state, its settings; raises InputError where anything is damaged."""
-    try:
-        with open(os.path.join(folder, "training.json")) as file:
-            settings = json.load(file)
-        return (weights.load(folder, t5_decoder=t5_decoder),
-                load_file(os.path.join(folder, "training.safetensors")), settings)
-    except InputError:
-        raise
-    except Exception as error:                 # truncated files fail in many ways
-        raise InputError(f"{folder}: is damaged ({type(error).__name__}: {error})") from None
-
-
 def newest_checkpoint(out, t5_decoder, log):
-    """The newest checkpoint that can be read, else the one before, and so on. -> as read_checkpoint"""
+    """The newest checkpoint that can be read, else the one before, and so on.
+
+    -> model, tensors of the training state, {"step", "args"}
+    """
     for folder in checkpoints(out):
         try:
-            return read_checkpoint(folder, t5_decoder)
-        except InputError as error:
-            log(f"{error}; falling back to the checkpoint before it")
+            with open(os.path.join(folder, "training.json")) as file:
+                settings = json.load(file)
+            tensors = load_file(os.path.join(folder, "training.safetensors"))
+            return weights.load(folder, t5_decoder=t5_decoder), tensors, settings
+        except Exception as error:             # truncated files fail in many ways
+            log(f"{folder}: is damaged ({error}); falling back to the checkpoint before it")
     raise InputError(f"{out}: holds no checkpoint to resume from; leave out --resume to start anew")
 
 
@@ -452,7 +490,7 @@ def restore(model, optimizer, tensors):
     """Puts the optimizer's moments back."""
     moments = {}
     for name, tensor in tensors.items():
-        if ":" in name:
+        if not name.startswith(CRITIC):
             key, parameter = name.split(":", 1)
             moments.setdefault(parameter, {})[key] = tensor
     state = {"state": moments, "param_groups": get_optimizer_state_dict(model, optimizer)["param_groups"]}
@@ -460,7 +498,7 @@ def restore(model, optimizer, tensors):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Watching it: validation losses, pictures, the loss plot
+# Watching it: validation losses, pictures, the log and its plot
 
 VAL_SAMPLES, SHEET_ROWS = 128, 4
 
@@ -475,172 +513,49 @@ def to_device(batch, device, drop=None):
             for key, value in batch.items()}
 
 
-def evaluation_mode(model):
-    """Switches dropout off. -> the modules to switch back with `for m in modules: m.training = True`"""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    return training
-
-
-@torch.no_grad()
-def validate(model, mentor, val, args, ranks, autocast):
+def validate(run):
     """Mean loss an element for every task of the validation data, the batches shared among the ranks."""
-    training = evaluation_mode(model)
-    micro, count = args.micro_batch, min(len(val), VAL_SAMPLES)
-    starts = list(range(0, count, micro))
-    sums = dict.fromkeys(val.tasks, 0.0), dict.fromkeys(val.tasks, 0)
-    for turn in range(0, len(starts), ranks.world):
+    micro, count, val = run.args.micro_batch, min(len(run.val), VAL_SAMPLES), run.val
+    starts = range(0, count, micro)
+    sums, counts = dict.fromkeys(val.tasks, 0.0), dict.fromkeys(val.tasks, 0)
+    for turn in range(0, len(starts), run.ranks.world):
         # where a rank has no batch left it repeats one without counting it: FSDP needs all ranks in every forward
-        mine = turn + ranks.rank
+        mine = turn + run.ranks.rank
         start = starts[min(mine, len(starts) - 1)]
         samples = [val[k] for k in range(start, min(start + micro, count))]
-        batch = data.collate(samples)
-        with autocast():
-            losses = model(to_device(batch, ranks.device)).float()
-        each = OBJECTIVES.get(args.stage, TokenObjective).elements
-        for sample, loss in zip(samples, losses.tolist()):
-            if mine < len(starts):
-                sums[0][sample["task"]] += loss
-                sums[1][sample["task"]] += each(data.collate([sample]), mentor.config)
-    totals = ranks.sum([*sums[0].values(), *sums[1].values()])
-    for module in training:
-        module.training = True
-    half = len(val.tasks)
-    return {task: totals[i] / totals[half + i] for i, task in enumerate(val.tasks) if totals[half + i]}
+        with run.evaluating(), run.autocast():
+            losses = run.model(to_device(data.collate(samples), run.ranks.device))
+        if mine < len(starts):
+            for sample, loss in zip(samples, losses.tolist()):
+                sums[sample["task"]] += loss
+                counts[sample["task"]] += run.elements(data.collate([sample]), run.mentor.config)
+    totals = run.ranks.sum([*sums.values(), *counts.values()])
+    return {task: total / n for task, total, n in zip(val.tasks, totals, totals[len(sums):]) if n}
 
 
-@torch.no_grad()
-def draw_rows(model, mentor, val, args, ranks, autocast):
-    """reference | prompt | sample | target of fixed validation samples, each drawn by one rank. -> a sheet on rank 0
+def draw_rows(run):
+    """reference | sample | target over the prompt, for fixed validation samples, each drawn by one rank. -> a sheet
 
-    For the tokenizer the sample is the reconstruction; for the connector a caption is not drawn, there is no sheet.
+    For the tokenizer the sample is the reconstruction; the connector alone draws nothing. None on ranks but 0.
     """
-    if args.stage == "connector":
+    mentor, val, ranks, tiles = run.mentor, run.val, run.ranks, []
+    if run.args.stage == "connector":
         return None
-    config, tiles, training = mentor.config, [], evaluation_mode(model)
-    if args.fsdp and ranks.world > 1:
-        model.unshard()                        # what is not called through `model` does not gather its weights itself
     rows = [int(k) for k in np.linspace(0, len(val) - 1, min(SHEET_ROWS, len(val)))]
     for turn in range(0, len(rows), ranks.world):
-        k = rows[min(turn + ranks.rank, len(rows) - 1)]
-        batch = to_device(data.collate([val[k]]), ranks.device)
-        with autocast():
-            if args.stage == "vqgan":
-                tokens = mentor.vqgan.encode(batch["target"])
-            else:
-                prefix = mentor.prefix(batch["ids"], batch["mask"], batch["refs"])
-                tokens = mentor.generate(prefix, [args.seed])
-        picture = mentor.vqgan.decode(tokens.clone()).float().cpu()
-        if "target" not in batch:
-            batch["target"] = mentor.vqgan.decode(batch["tokens"])
-        batch = {key: value.float().cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        tiles += [data.tile(batch, max(config.prefix_tokens // config.vision.grid**2, 1) + 2, drawn=picture[0])]
-    if args.fsdp and ranks.world > 1:
-        model.reshard()
-    for module in training:
-        module.training = True
+        batch = to_device(data.collate([val[rows[min(turn + ranks.rank, len(rows) - 1)]]]), ranks.device)
+        with run.evaluating():
+            with run.autocast():
+                if run.args.stage == "vqgan":
+                    tokens = mentor.vqgan.encode(batch["target"])
+                else:
+                    tokens = mentor.generate(mentor.prefix(batch["ids"], batch["mask"], batch["refs"]), [run.args.seed])
+            drawn = mentor.vqgan.decode(tokens.clone())[0].cpu()
+        batch = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        places = 2 + mentor.config.prefix_tokens // mentor.config.vision.grid**2
+        tiles.append(data.tile(batch, min(places, 6), drawn))
     tiles = [tile for turn in zip(*ranks.gather(tiles)) for tile in turn][:len(rows)]
     return data.contact_sheet(tiles, columns=1) if ranks.rank == 0 else None
-
-
-def plot(log_path, out):
-    """Draws the losses of log.jsonl against the steps: training grey, validation in colours."""
-    with open(log_path) as file:
-        records = [json.loads(line) for line in file]
-    curves = {}
-    for record in records:
-        if "loss" in record:
-            curves.setdefault("train", []).append((record["step"], record["loss"]))
-        for task, loss in record.get("val", {}).items():
-            curves.setdefault(f"val {task}", []).append((record["step"], loss))
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
-        return
-    width, height, margin = 800, 450, 50
-    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
-    def place(step, loss):
-        return (margin + (width - 2 * margin) * (step - left) / max(right - left, 1),
-                height - margin - (height - 2 * margin) * (loss - low) / max(high - low, 1e-9))
-    pen.rectangle((margin, margin, width - margin, height - margin), outline="black")
-    for text, spot in ((f"{high:.3g}", (4, margin)), (f"{low:.3g}", (4, height - margin - 10)),
-                       (f"{left}", (margin, height - margin + 4)), (f"step {right}", (width - 110, height - margin + 4))):
-        pen.text(spot, text, fill="black")
-    colours = ["grey", "red", "blue", "green", "orange", "purple", "brown", "teal", "magenta"]
-    for i, (name, curve) in enumerate(curves.items()):
-        pen.line([place(*point) for point in curve] * (2 if len(curve) == 1 else 1), fill=colours[i % len(colours)],
-                 width=2)
-        pen.text((margin + 10 + 90 * i, margin - 16), name, fill=colours[i % len(colours)])
-    image.save(out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-class Stop:
-    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self.ask)
-        signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def dropped(args, position, count):
-    """Which of the samples at position, position + 1, ... learn the unconditional rows: a function of (seed, sample)."""
-    draws = [np.random.default_rng((args.seed, 1, k)).random() for k in range(position, position + count)]
-    return torch.tensor(draws) < UNCONDITIONAL
-
-
-def start_model(args, log):
-    """Weights to start from, or to resume. -> model, tensors of the training state or None, steps done"""
-    captions = args.stage == "connector"
-    if args.resume:
-        mentor, tensors, saved = newest_checkpoint(args.out, captions, log)
-        for name in ("stage", "seed", "global_batch", "tasks", "data", "lr", "steps"):
-            if saved["args"][name] != getattr(args, name) and not (name == "steps" and args.steps is None):
-                raise InputError(f"--resume: the run was started with {name} {saved['args'][name]}, not "
-                                 f"{getattr(args, name)}; give the same, or start a new run in another --out")
-        args.steps = saved["args"]["steps"]
-        return mentor, tensors, saved["step"]
-    if args.init == "random":
-        mentor = Mentor.random(args.model or "toy", args.seed, captions, args.prefix_rope, args.prefix_tokens)
-    else:
-        mentor = weights.load(args.init, prefix_rope=args.prefix_rope, prefix_tokens=args.prefix_tokens,
-                              t5_decoder=captions, log=log)
-    return mentor, None, 0
-
-
-def start_data(args, mentor, log):
-    """-> training data, data to validate on and to draw from."""
-    config = mentor.config
-    options = dict(prompter=mentor.prompter, image_size=config.image_size, clip_size=config.vision.image_size,
-                   seed=args.seed, backgrounds=args.backgrounds or ())
-    train = data.TaskData(args.data, weights=args.tasks, codes=args.codes, **options)
-    for problem in train.problems:
-        log(f"skipped {problem}")
-    if not args.val:
-        return train, train
-    present = {"picture", "caption"} | set(data.TaskData(args.val, **options).tasks)
-    return train, data.TaskData(args.val, weights={task: None for task in args.tasks if task in present}, **options)
-
-
-def batch_arithmetic(args, ranks, samples):
-    """-> micro-batches a rank computes in a step, steps of the whole run; fills in args.micro_batch and args.steps."""
-    share = args.global_batch / ranks.world
-    if args.micro_batch is None:
-        args.micro_batch = max((m for m in range(1, 9) if share % m == 0), default=1)
-    accum = args.global_batch // (args.micro_batch * ranks.world)
-    if accum * args.micro_batch * ranks.world != args.global_batch:
-        raise InputError(f"--global-batch {args.global_batch} is no multiple of --micro-batch {args.micro_batch} x "
-                         f"{ranks.world} ranks; change one of them")
-    args.steps = args.steps or max(1, round(args.epochs * samples / args.global_batch))
-    return accum, args.steps
 
 
 def used_memory(device):
@@ -660,118 +575,207 @@ def trim_log(path, steps):
         os.replace(f"{path}.part", path)
 
 
-def train_step(model, mentor, optimizer, micros, args, ranks, autocast, late):
-    """One optimizer step over this rank's micro-batches, given as (batch, drop).
+def plot(log_path, out):
+    """Draws the losses of log.jsonl against the steps: training grey, validation in colours."""
+    curves = {}
+    with open(log_path) as file:
+        for record in map(json.loads, file):
+            curves.setdefault("train", []).append((record["step"], record["loss"]))
+            for task, loss in record.get("val", {}).items():
+                curves.setdefault(f"val {task}", []).append((record["step"], loss))
+    width, height, margin = 800, 450, 50
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*sum(curves.values(), [])))
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((margin, margin, width - margin, height - margin), outline="black")
+    for text, spot in ((f"{high:.3g}", (4, margin)), (f"{low:.3g}", (4, height - margin - 10)),
+                       (f"{left}", (margin, height - margin + 4)),
+                       (f"step {right}", (width - 110, height - margin + 4))):
+        pen.text(spot, text, fill="black")
+    colours = ["grey", "red", "blue", "green", "orange", "purple", "brown", "teal", "magenta"]
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = colours[i % len(colours)]
+        points = [(margin + (width - 2 * margin) * (step - left) / max(right - left, 1),
+                   height - margin - (height - 2 * margin) * (loss - low) / max(high - low, 1e-9))
+                  for step, loss in curve]
+        pen.line(points * (2 if len(points) == 1 else 1), fill=colour, width=2)
+        pen.text((margin + 10 + 90 * i, margin - 16), name, fill=colour)
+    image.save(out)
 
-    -> {"loss", "losses" per task, "grad_norm"}; where they are not finite the weights are left as they were.
-    """
-    each = OBJECTIVES.get(args.stage, TokenObjective).elements
-    counts, sums = dict.fromkeys(args.tasks, 0.0), dict.fromkeys(args.tasks, 0.0)
-    total = ranks.sum([sum(each(batch, mentor.config) for batch, _ in micros)])[0]
-    for i, (batch, drop) in enumerate(micros):
-        with accumulating(model, last=i == len(micros) - 1):
-            with autocast():
-                losses = model(to_device(batch, ranks.device, drop), late)                # (B,), sums over elements
-            # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
-            (losses.float().sum() * (ranks.world / total)).backward()
-        for task, loss in zip(batch["tasks"], losses.tolist()):
-            sums[task] += loss
-            counts[task] += 1
-    totals = ranks.sum([*sums.values(), *counts.values()])
-    sums, counts = dict(zip(sums, totals)), dict(zip(counts, totals[len(sums):]))
-    loss, per_sample = sum(sums.values()) / total, total / sum(counts.values())
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP_NORM)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if math.isfinite(loss) and math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    losses = {task: sums[task] / counts[task] / per_sample for task in sums if counts[task]}
-    return {"loss": loss, "losses": losses, "grad_norm": norm}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+class Stop:
+    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, number, frame):
+        """The signals' handler."""
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def main(argv=None):
-    # the command
-    args = parse(argv)
+def start_model(args, log):
+    """Weights to start from, or to resume. -> model, tensors of the training state or None, steps done"""
+    captions = args.stage == "connector"
+    if args.resume:
+        mentor, tensors, saved = newest_checkpoint(args.out, captions, log)
+        args.steps = args.steps or saved["args"]["steps"]
+        for name in ("stage", "seed", "global_batch", "tasks", "data", "lr", "steps"):
+            if saved["args"][name] != getattr(args, name):
+                raise InputError(f"--resume: the run was started with {name} {saved['args'][name]}, not "
+                                 f"{getattr(args, name)}; give the same, or start a new run in another --out")
+        return mentor, tensors, saved["step"]
+    if args.init == "random":
+        mentor = Mentor.random(args.model or "toy", args.seed, captions, args.prefix_rope, args.prefix_tokens)
+    else:
+        mentor = weights.load(args.init, prefix_rope=args.prefix_rope, prefix_tokens=args.prefix_tokens,
+                              t5_decoder=captions, log=log)
+    return mentor, None, 0
+
+
+def start_data(args, mentor, log):
+    """-> training data, data to validate on and to draw from."""
+    config = mentor.config
+    options = dict(prompter=mentor.prompter, image_size=config.image_size, clip_size=config.vision.image_size,
+                   seed=args.seed, backgrounds=args.backgrounds or ())
+    train = data.TaskData(args.data, weights=args.tasks, codes=args.codes, **options)
+    for problem in train.problems:
+        log(f"skipped {problem}")
+    if not args.val:
+        return train, data.TaskData(args.data, weights=args.tasks, **options)      # with pixels, to look at
+    present = {"picture", "caption"} | set(data.TaskData(args.val, **options).tasks)
+    return train, data.TaskData(args.val, weights={task: None for task in args.tasks if task in present}, **options)
+
+
+def batch_arithmetic(args, ranks, samples):
+    """-> micro-batches a rank computes in a step; fills in args.micro_batch and args.steps."""
+    share = args.global_batch / ranks.world
+    if args.micro_batch is None:
+        args.micro_batch = max((m for m in range(1, 9) if share % m == 0), default=1)
+    accum = args.global_batch // (args.micro_batch * ranks.world)
+    if accum * args.micro_batch * ranks.world != args.global_batch:
+        raise InputError(f"--global-batch {args.global_batch} is no multiple of --micro-batch {args.micro_batch} x "
+                         f"{ranks.world} ranks; change one of them")
+    args.steps = args.steps or max(1, round(args.epochs * samples / args.global_batch))
+    return accum
+
+
+def prepare(args):
+    """Command line -> Run: processes, model, data, objective, optimizer."""
     ranks = Ranks.join(args.device)
     log = tqdm.write if ranks.rank == 0 else lambda line: None
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    autocast = functools.partial(torch.autocast, ranks.device.type, torch.bfloat16,
-                                 enabled=ranks.device.type == "cuda")
-
-    # the model and its data
     mentor, saved, first = start_model(args, log)
     args.prefix_tokens, args.prefix_rope = mentor.config.prefix_tokens, mentor.config.decoder.prefix_rope
     args.size = mentor.check_size(args.size or mentor.config.image_size)
     mentor.config = replace(mentor.config, image_size=args.size)
     train, val = start_data(args, mentor, log)
-    accum, steps = batch_arithmetic(args, ranks, len(train))
+    accum = batch_arithmetic(args, ranks, len(train))
     torch.manual_seed(args.seed)               # the discriminator starts the same on every rank
     objective = OBJECTIVES.get(args.stage, TokenObjective)(mentor, args)
     freeze(objective, args.trains)
     if saved:
         objective.load_state_dict({name: t for name, t in saved.items() if name.startswith(CRITIC)}, strict=False)
-    if ranks.rank == 0:
-        report(mentor, args, ranks, steps, accum, len(train))
     model = wrap(objective.to(ranks.device), args, ranks)
     optimizer = make_optimizer(objective, args.lr)
     if saved:
         restore(model, optimizer, saved)
+    return Run(args, ranks, mentor, model, optimizer, train, val, accum, first, log)
 
-    # the loop
-    os.makedirs(args.out, exist_ok=True)
+
+def read_micros(run, loader, problems, step):
+    """This rank's micro-batches of a step, each with the samples that learn the unconditional rows."""
+    args, micros = run.args, []
+    for i in range(run.accum):
+        batch = next(loader)
+        problems.add(batch["problems"], len(batch["names"]))
+        position = step * args.global_batch + (i * run.ranks.world + run.ranks.rank) * args.micro_batch
+        draws = [np.random.default_rng((args.seed, 1, position + k)).random() for k in range(len(batch["names"]))]
+        micros.append((batch, torch.tensor(draws) < UNCONDITIONAL))    # a function of (seed, sample)
+    return micros
+
+
+def train_step(run, micros, step):
+    """One optimizer step. -> {"loss", "losses" per task, "grad_norm"}; raises InputError where they are not finite."""
+    sums, counts = dict.fromkeys(run.args.tasks, 0.0), dict.fromkeys(run.args.tasks, 0.0)
+    total = run.ranks.sum([sum(run.elements(batch, run.mentor.config) for batch, _ in micros)])[0]
+    for i, (batch, drop) in enumerate(micros):
+        with accumulating(run.model, last=i == len(micros) - 1):
+            with run.autocast():               # losses (B,), each a sum over the sample's elements
+                losses = run.model(to_device(batch, run.ranks.device, drop), late=step >= run.args.steps // 2)
+            # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
+            (losses.sum() * (run.ranks.world / total)).backward()
+        for task, loss in zip(batch["tasks"], losses.tolist()):
+            sums[task] += loss
+            counts[task] += 1
+    totals = run.ranks.sum([*sums.values(), *counts.values()])
+    norm = nn.utils.clip_grad_norm_([p for p in run.model.parameters() if p.requires_grad], CLIP_NORM)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    losses, counts = totals[:len(sums)], totals[len(sums):]
+    loss = sum(losses) / total
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        names = run.ranks.gather([name for batch, _ in micros for name in batch["names"]])
+        folder = save_checkpoint(run, step, f"nonfinite-step-{step}")
+        raise InputError(f"step {step}: the loss is {loss} and the gradient {norm}; the state before it is in "
+                         f"{folder}, its samples are {', '.join(sum(names, []))}; look at them or lower --lr")
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    share = total / sum(counts)                # elements a sample, on average
+    return {"loss": loss, "losses": {task: a / n / share for task, a, n in zip(sums, losses, counts) if n},
+            "grad_norm": norm}
+
+
+def loop(run):
+    """All steps: learning rate, batches, step, log, validation, checkpoint."""
+    args, ranks = run.args, run.ranks
     log_path, stop, problems = os.path.join(args.out, "log.jsonl"), Stop(), data.Problems(tqdm.write)
-    def save(step, name=None):
-        folder = os.path.join(args.out, name or f"step-{step:08}")
-        save_checkpoint(model, optimizer, mentor, args, ranks, step, folder)
-        if ranks.rank == 0 and name is None:
-            publish(folder, args.out, args.keep)
-        return folder
     if ranks.rank == 0:
-        trim_log(log_path, first)
-    loader = data.batches(train, first * args.global_batch, steps * args.global_batch, args.micro_batch, ranks.rank,
-                          ranks.world, args.workers)
-    bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=ranks.rank > 0)
+        trim_log(log_path, run.first)
+    loader = data.batches(run.train, run.first * args.global_batch, args.steps * args.global_batch, args.micro_batch,
+                          ranks.rank, ranks.world, args.workers)
+    bar = tqdm(range(run.first, args.steps), initial=run.first, total=args.steps, unit="step", disable=ranks.rank > 0)
     for step in bar:
-        begun = time.perf_counter()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 4_001 + ranks.rank)     # dropout belongs to (seed, step, rank)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps, args.lr)
-        micros = []
-        for i in range(accum):
-            batch = next(loader)
-            problems.add(batch["problems"], len(batch["names"]))
-            position = step * args.global_batch + (i * ranks.world + ranks.rank) * args.micro_batch
-            micros.append((batch, dropped(args, position, len(batch["names"]))))
-        record = train_step(model, mentor, optimizer, micros, args, ranks, autocast, late=step >= steps // 2)
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            names = [name for part in ranks.gather([n for batch, _ in micros for n in batch["names"]]) for name in part]
-            folder = save(step, f"nonfinite-step-{step}")
-            raise InputError(f"step {step}: the loss is {record['loss']} and the gradient {record['grad_norm']}; the "
-                             f"state before it is in {folder}, its samples are {', '.join(names)}; look at them or "
-                             f"lower --lr")
-        done = step + 1
-        if done % args.sample_every == 0 or done == steps:
+        begun, done = time.perf_counter(), step + 1
+        torch.manual_seed((args.seed * 1_000_003 + step) * 4_001 + ranks.rank)     # dropout: by seed, step and rank
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr_at(step, args.steps, args.lr)
+        record = train_step(run, read_micros(run, loader, problems, step), step)
+        record |= {"step": done, "lr": run.optimizer.param_groups[0]["lr"], "memory_gib": used_memory(ranks.device),
+                   "samples_per_s": args.global_batch / (time.perf_counter() - begun)}
+        bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {record['samples_per_s']:.1f} "
+                            f"samples/s, {record['memory_gib']:.1f} GiB")
+        if done % args.sample_every == 0 or done == args.steps:
             if args.val:
-                record["val"] = validate(model, mentor, val, args, ranks, autocast)
-            if sheet := draw_rows(model, mentor, val, args, ranks, autocast):
+                record["val"] = validate(run)
+            if sheet := draw_rows(run):
                 sheet.save(os.path.join(args.out, f"samples-{done:08}.png"))
         if ranks.rank == 0:
-            seconds = time.perf_counter() - begun
-            record = {"step": done, "lr": optimizer.param_groups[0]["lr"], "samples_per_s": args.global_batch / seconds,
-                      "memory_gib": used_memory(ranks.device), **record}
             with open(log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {record['samples_per_s']:.1f} "
-                                f"samples/s, {record['memory_gib']:.1f} GiB")
         leave = ranks.sum([stop.asked])[0] > 0
-        if done % args.save_every == 0 or done == steps or leave:
-            save(done)
-        if leave and done < steps:
-            log(f"stopped after step {done} of {steps}; --resume goes on from there")
+        if done % args.save_every == 0 or done == args.steps or leave:
+            save_checkpoint(run, done)
+        if leave and done < args.steps:
+            run.log(f"stopped after step {done} of {args.steps}; --resume goes on from there")
             break
-    if ranks.rank == 0:
+    if ranks.rank == 0 and run.first < args.steps:
         plot(log_path, os.path.join(args.out, "loss.png"))
+
+
+def main(argv=None):
+    """The command line."""
+    run = prepare(parse(argv))
+    if run.ranks.rank == 0:
+        report(run)
+        os.makedirs(run.args.out, exist_ok=True)
+    loop(run)
     if dist.is_initialized():
         dist.destroy_process_group()
 

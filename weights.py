@@ -57,7 +57,7 @@ MARKS = (   # a tensor whose name starts so tells the kind of file; the first th
     ("mentor", "multimodal_encoder."), ("decoder", "tok_embeddings."), ("vqgan", "quantize.embedding."),
     ("clip", "vision_model."), ("t5", "encoder.block.0."), ("connector", "model.mm_projector."),
 )
-EXTRAS = re.compile(   # in public files, but of no use here: bookkeeping, aliases, and halves that drawing does not need
+EXTRAS = re.compile(   # in public files, but of no use here: bookkeeping, aliases, CLIP's text half
     r"(position_ids|quantize\.codebook_used|(encoder|decoder)\.embed_tokens\.weight)$"
     r"|^(text_model|text_projection|visual_projection|logit_scale)\b")
 T5_DECODER = re.compile(r"^(decoder\.|lm_head\.)")

@@ -336,7 +336,8 @@ def test_full_size_stage_2_takes_one_optimizer_step_on_the_meta_device():
         train.freeze(objective, args.trains)
         optimizer = train.make_optimizer(objective, args.lr)
         batch = {"ids": torch.zeros(1, 512, dtype=torch.long), "mask": torch.ones(1, 512, dtype=torch.bool),
-                 "refs": torch.empty(1, 3, 224, 224), "tokens": torch.zeros(1, 1024, dtype=torch.long)}
+                 "refs": torch.empty(1, 3, 224, 224), "tokens": torch.zeros(1, 1024, dtype=torch.long),
+                 "drop": torch.zeros(1, dtype=torch.bool)}
         objective(batch).sum().backward()
         optimizer.step()
     stepped = {id(p) for p, state in optimizer.state.items() if state["exp_avg"].shape == p.shape}
