@@ -462,7 +462,8 @@ class TaskData(Dataset):
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
         if not sizes or 0 in sizes:
             lacking = " and ".join(task for task in self.tasks if not len(self.entries[task])) or "any task"
-            raise InputError(f"{', '.join(map(str, paths))}: no row for {lacking}; they have "
+            raise InputError(f"{', '.join(map(str, paths))}: no row for {lacking}; add some, or leave the task out "
+                             "(train.py --without); they have "
                              + (", ".join(f"{n} {task}" for task, n in found.items()) or "no usable row")
                              + "".join(f"; first problem: {problem}" for problem in self.problems[:1]))
         shares = np.array([size if weights[task] is None else weights[task] for task, size in zip(self.tasks, sizes)])

@@ -542,6 +542,7 @@ def draw_rows(run):
     if run.args.stage == "connector":
         return None
     rows = [int(k) for k in np.linspace(0, len(val) - 1, min(SHEET_ROWS, len(val)))]
+    places = 2 + max(len(val[k]["refs"]) for k in rows)
     for turn in range(0, len(rows), ranks.world):
         batch = to_device(data.collate([val[rows[min(turn + ranks.rank, len(rows) - 1)]]]), ranks.device)
         with run.evaluating():
@@ -552,8 +553,7 @@ def draw_rows(run):
                     tokens = mentor.generate(mentor.prefix(batch["ids"], batch["mask"], batch["refs"]), [run.args.seed])
             drawn = mentor.vqgan.decode(tokens.clone())[0].cpu()
         batch = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        places = 2 + mentor.config.prefix_tokens // mentor.config.vision.grid**2
-        tiles.append(data.tile(batch, min(places, 6), drawn))
+        tiles.append(data.tile(batch, places, drawn))
     tiles = [tile for turn in zip(*ranks.gather(tiles)) for tile in turn][:len(rows)]
     return data.contact_sheet(tiles, columns=1) if ranks.rank == 0 else None
 

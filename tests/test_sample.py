@@ -25,7 +25,8 @@ def pixels(path):
 
 def test_the_command_of_the_readme_writes_pictures_and_a_sheet_and_says_what_it_did(tmp_path):
     result = subprocess.run([sys.executable, "sample.py", *RANDOM, "--ref", DOG, "--prompt", "a dog in the snow",
-                             "--n", "2", "--out", tmp_path / "new" / "folder"], cwd=ROOT, capture_output=True, text=True)
+                             "--n", "2", "--out", tmp_path / "new" / "folder"], cwd=ROOT, capture_output=True,
+                            text=True)
     assert result.returncode == 0, result.stderr
     for said in ("'The dog in <image>.\\na dog in the snow'", "device: ", "s a picture", "random"):
         assert said in result.stdout

@@ -27,7 +27,7 @@ STAGES = list(train.STAGES)
 
 
 def write_data(folder, pictures=6, side=48):
-    """Pictures with captions and elliptic masks, as data.py's `folder` command reads them, and one row of two objects."""
+    """Pictures with captions and elliptic masks, as `data.py folder` reads them, and one row of two objects."""
     folder.mkdir()
     for i in range(pictures):
         stem = f"{('cat', 'dog', 'hat')[i % 3]}-{i:02}"
