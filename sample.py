@@ -161,6 +161,7 @@ def save(image, path, settings, refs):
 
 
 def main(argv=None):
+    """The command line: settings, model, pictures, files."""
     args = parse(argv)
 
     # what to draw, checked before anything slow begins

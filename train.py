@@ -207,6 +207,7 @@ class PixelObjective(nn.Module):
         return len(batch["target"])
 
     def forward(self, batch, late=False):
+        """late: also listen to the discriminator. -> losses (B,)"""
         real = batch["target"]
         fake, codebook_loss, _ = self.mentor.vqgan(real)
         loss = (fake - real).abs().mean((1, 2, 3)) + (fake - real).square().mean((1, 2, 3)) + codebook_loss
