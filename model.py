@@ -31,6 +31,7 @@ from vqgan import VQGAN, VQConfig
 
 SIZES = {           # layers, heads, width of the decoder; parameters with 16,384 codes
     "toy": (2, 4, 64),         # random weights that run anywhere in a second
+    "tiny": (4, 6, 192),       # 1.8 M, trained from nothing on the emoji world (emoji.py)
     "B": (12, 12, 768),        # 111 M
     "L": (24, 16, 1024),       # 343 M
     "XL": (36, 20, 1280),      # 775 M, MENTOR's
@@ -110,9 +111,16 @@ class MentorConfig:
 
 
 def size_config(size):
-    """A row of SIZES as a MentorConfig; all but "toy" have the published encoders."""
+    """A row of SIZES as a MentorConfig; all but "toy" and "tiny" have the published encoders."""
     layers, heads, width = SIZES[size]
     decoder = DecoderConfig(layers, heads, width)
+    if size == "tiny":
+        return MentorConfig(
+            vision=VisionConfig(width=128, layers=4, heads=4, mlp=384, image_size=64, patch_size=8),
+            t5=T5Config(width=160, layers=3, heads=5, head_dim=32, mlp=384, vocab_size=1540, dropout=0.0),
+            decoder=replace(decoder, multiple_of=64, codes=1024, dropout=0.0, prefix_rope="grid", rope_base=100.0),
+            vqgan=VQConfig(channels=32, multipliers=(1, 2, 3, 5), res_blocks=1, latent=160, codes=1024),
+            prefix_tokens=96, image_size=64, sampling=Sampling(cfg_scale=3.0, top_k=1024, top_p=0.9))
     if size != "toy":
         return MentorConfig(decoder=decoder)
     return MentorConfig(
@@ -371,8 +379,12 @@ class Mentor(nn.Module):
 
     def forward(self, ids, mask, refs, tokens, drop=None):
         """Cross entropy of every image token. tokens: (B, T); the rest as in `prefix`. -> losses (B, T), logits"""
-        logits = self.decoder(self.prefix(ids, mask, refs, drop), tokens[:, :-1], math.isqrt(tokens.size(1)))
-        return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none"), logits   # and (B, T, V)
+        return self.losses(self.prefix(ids, mask, refs, drop), tokens)
+
+    def losses(self, prefix, tokens):
+        """Cross entropy of every image token behind a prefix. -> losses (B, T), logits (B, T, V)"""
+        logits = self.decoder(prefix, tokens[:, :-1], math.isqrt(tokens.size(1)))
+        return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none"), logits
 
     @torch.inference_mode()
     def generate(self, prefix, seeds, sampling=None, grid=None, tokens=None, progress=False):
@@ -449,6 +461,9 @@ class Mentor(nn.Module):
     def random(cls, size="toy", seed=0, t5_decoder=False, prefix_rope=None, prefix_tokens=None):
         """Seeded weights of a row of SIZES, ready to be trained, with a tokenizer that needs no file."""
         tokenizer = data.byte_tokenizer()
+        if size == "tiny":
+            from emoji import captions         # the world this size is trained on
+            tokenizer = data.train_tokenizer(captions(20_000, seed=0), 1536)
         config = size_config(size).override(prefix_rope, prefix_tokens)
         config = replace(config, image_id=tokenizer.get_vocab_size())
         with torch.random.fork_rng(devices=()):

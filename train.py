@@ -58,6 +58,8 @@ class Stage:
     lr: float
     prefix_tokens: int = 512
     prefix_rope: str | None = None   # None = as the weights it starts from
+    micro: int = 8                   # the largest micro-batch that is tried without being asked for
+    after: str | None = None         # the stage it starts from, where --init says nothing
 
 
 ENCODER_AND_DECODER = ("encoder.connector", "encoder.t5", "projector", "decoder")
@@ -78,26 +80,42 @@ STAGES = {
     "multi": Stage(ENCODER_AND_DECODER, {"t2i": 600, "segment": 150, "recover": 150, "subject": 400, "multi": 1500},
                    epochs=1, global_batch=128, lr=1e-4, prefix_tokens=1280),
 }
+# The small model of the emoji world (`--model tiny`), an epoch being 100,000 samples. "pretrain" stands for what CLIP,
+# FLAN-T5 and LlamaGen bring; the stages after it are the published ones, with some reconstruction kept in stage 2.
+TINY = {
+    "vqgan": replace(STAGES["vqgan"], epochs=2, global_batch=32, lr=1e-3, micro=32),
+    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 30, "reconstruct": 30, "segment": 40}, epochs=1,
+                      global_batch=32, lr=1.5e-3, prefix_tokens=96, micro=32, after="vqgan"),
+    "1": replace(STAGES["1"], tasks={"t2i": 30, "reconstruct": 30, "segment": 40}, epochs=0.5, global_batch=32, lr=1e-3,
+                 prefix_tokens=96, micro=32, after="pretrain"),
+    "2": replace(STAGES["2"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "recover": 15, "subject": 45},
+                 epochs=2, global_batch=32, lr=1e-3, prefix_tokens=96, micro=32, after="1"),
+}
 BETAS, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.05, 1.0, 0.05, 0.1
 UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
-ADVERSARIAL = 0.1          # weight of the discriminator's opinion, in the second half of the tokenizer's training
+UNQUANTIZED = 0.02         # share of the steps that a new tokenizer trains before its codes are placed
+REVIVE_EVERY = 50          # steps between looks for codes of a new tokenizer that nothing chooses
+ALIGNED = 0.5              # pretraining: weight of naming the tokens under the reference's patches
 
 
 def parse(argv):
     """Command line -> arguments whose stage row is filled in; flags that were not given come from the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what")
-    what.add_argument("--stage", required=True, choices=STAGES)
-    what.add_argument("--init", default="random", help="where the weights come from: random, a folder, a hub "
-                                                       f"repository, or one of {', '.join(weights.HUB)}")
-    what.add_argument("--model", choices=SIZES, help="size of a random start (default toy)")
+    what.add_argument("--stage", required=True, choices=dict.fromkeys([*STAGES, *TINY]))
+    what.add_argument("--init", help="where the weights come from: random, a folder, a hub repository, or one of "
+                      f"{', '.join(weights.HUB)}; default: with --model tiny the stage before, else random")
+    what.add_argument("--model", choices=SIZES, help="size of a random start (default toy); tiny also brings its own "
+                                                     "stage table and data, the emoji world")
     what.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: the stage's")
     what.add_argument("--prefix-tokens", type=int, help="longest prefix; default: the stage's")
     what.add_argument("--size", type=int, help="pixels a side of the targets; default: the weights' own")
+    what.add_argument("--adversarial", type=float, default=0.1, metavar="WEIGHT", help="of the discriminator, in the "
+                      "second half of --stage vqgan (default 0.1; 0 = no discriminator)")
     what.add_argument("--lpips", nargs=2, metavar=("VGG", "HEADS"), help="weights of a perceptual loss for --stage "
                                                                          "vqgan: vgg16-397923af.pth and vgg.pth")
     source = parser.add_argument_group("data")
-    source.add_argument("--data", action="append", required=True, metavar="JSONL", help="repeat for several")
+    source.add_argument("--data", action="append", metavar="JSONL", help="repeat for several")
     source.add_argument("--val", action="append", metavar="JSONL", help="for validation losses and pictures")
     source.add_argument("--backgrounds", action="append", metavar="JSONL", help="pictures for the recovery task")
     source.add_argument("--codes", metavar="FOLDER", help="what `data.py encode` made of --data")
@@ -118,14 +136,21 @@ def parse(argv):
                          help="compute activations twice instead of keeping them")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", required=True, metavar="FOLDER")
+    output.add_argument("--out", metavar="FOLDER", help="default: out/MODEL/STAGE")
     output.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
                         help="go on from the newest checkpoint in --out")
     output.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     output.add_argument("--sample-every", type=int, default=500, help="steps between validations")
     output.add_argument("--keep", type=int, default=2, help="checkpoints to keep")
     args = parser.parse_args(argv)
-    stage = STAGES[args.stage]
+    table = TINY if args.model == "tiny" else STAGES
+    if args.stage not in table:
+        raise InputError(f"--model {args.model} has no stage {args.stage}; its stages are {', '.join(table)}")
+    stage = table[args.stage]
+    args.out = args.out or os.path.join("out", args.model or "mentor", args.stage)
+    args.init = args.init or (os.path.join("out", args.model, stage.after) if stage.after else "random")
+    if not args.data and args.model != "tiny":
+        raise InputError("there is nothing to learn from; add --data JSONL (python data.py makes one of pictures)")
     for name in ("epochs", "global_batch", "lr", "prefix_tokens", "prefix_rope"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(stage, name))
@@ -133,11 +158,13 @@ def parse(argv):
         raise InputError(f"--without {' '.join(unknown)}: stage {args.stage} has no such task; its tasks are "
                          f"{', '.join(stage.tasks)}")
     args.tasks = {task: weight for task, weight in stage.tasks.items() if task not in args.without}
-    args.trains = stage.trains
+    args.trains, args.largest_micro = stage.trains, stage.micro
     if not args.tasks:
         raise InputError(f"--without leaves stage {args.stage} no task; remove one of them")
-    if args.model and args.init != "random":
+    if args.model not in (None, "tiny") and args.init != "random":
         raise InputError("--model is for --init random; other weights bring their own size")
+    if args.fsdp and args.stage == "vqgan":
+        raise InputError("--fsdp is for the large parts; the tokenizer trains without it")
     return args
 
 
@@ -165,14 +192,50 @@ class TokenObjective(nn.Module):
         """How many terms the losses of this batch are sums of."""
         return len(batch["ids"]) * config.grid**2
 
-    def forward(self, batch, late=False):
-        if (tokens := batch.get("tokens")) is None:
-            with torch.autocast(batch["ids"].device.type, enabled=False):
-                tokens = self.mentor.vqgan.encode(batch["target"])                        # (B, T)
-        losses, _ = self.mentor(batch["ids"], batch["mask"], batch["refs"], tokens, batch.get("drop"))
+    def tokens(self, batch):
+        """What is to be written: read from the batch, or encoded now. -> (B, T)"""
+        if "tokens" in batch:
+            return batch["tokens"]
+        with torch.autocast(batch["ids"].device.type, enabled=False):
+            return self.mentor.vqgan.encode(batch["target"])
+
+    def forward(self, batch, progress=0.0):
+        prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], batch.get("drop"))
+        return self.losses(batch, prefix, self.tokens(batch))                             # (B,)
+
+    def losses(self, batch, prefix, tokens):
+        """-> (B,)"""
+        losses, _ = self.mentor.losses(prefix, tokens)                                    # (B, T)
         if not len(batch["refs"]):             # text alone still touches the connector: every rank has its gradients
             losses = losses + 0 * sum(p.sum() for p in self.mentor.encoder.connector.parameters())
         return losses.sum(dim=1)                                                          # (B,)
+
+
+class PretrainObjective(TokenObjective):
+    """Also names the tokens under each patch of a reference, where target and reference are aligned: stage pretrain.
+
+    In the published recipe CLIP arrives with eyes; a small encoder that starts from nothing learns to see here. The
+    linear head is thrown away afterwards.
+    """
+
+    def __init__(self, mentor, args):
+        super().__init__(mentor, args)
+        config = mentor.config
+        self.side = config.grid // config.vision.grid          # tokens a side of one patch
+        self.head = nn.Linear(config.decoder.width, self.side**2 * config.decoder.codes)
+
+    def losses(self, batch, prefix, tokens):
+        losses = super().losses(batch, prefix, tokens)
+        dropped = batch["drop"] if "drop" in batch else torch.zeros_like(prefix.valid[:, 0])
+        aligned = torch.tensor([task in ("reconstruct", "segment") for task in batch["tasks"]], device=tokens.device)
+        aligned &= ~dropped
+        rows = prefix.rows[prefix.is_image & aligned[:, None]]                            # (n * P, D)
+        grid, patches = self.mentor.config.grid, self.mentor.config.vision.grid
+        wanted = tokens[aligned].view(-1, patches, self.side, patches, self.side)
+        wanted = wanted.transpose(2, 3).reshape(len(rows), self.side**2)                  # (n * P, side**2)
+        named = self.head(rows).unflatten(-1, (self.side**2, -1)).flatten(0, 1)           # (n * T, V)
+        named = F.cross_entropy(named.float(), wanted.flatten(), reduction="none").view(-1, grid**2)
+        return losses.index_add(0, aligned.nonzero()[:, 0], ALIGNED * named.sum(dim=1))   # (B,)
 
 
 class CaptionObjective(nn.Module):
@@ -186,7 +249,7 @@ class CaptionObjective(nn.Module):
     def elements(batch, config):
         return int((batch["labels"] != -100).sum())
 
-    def forward(self, batch, late=False):
+    def forward(self, batch, progress=0.0):
         h = self.mentor.encoder(batch["ids"], batch["mask"], batch["refs"])
         return self.mentor.encoder.t5.caption_losses(h, batch["mask"], batch["labels"]).sum(dim=1)
 
@@ -196,8 +259,10 @@ class PixelObjective(nn.Module):
 
     def __init__(self, mentor, args):
         super().__init__()
-        self.mentor = mentor
-        self.discriminator = Discriminator()
+        self.mentor, self.adversarial = mentor, args.adversarial
+        self.unquantized = UNQUANTIZED if args.init == "random" else 0.0
+        self.register_buffer("used", torch.zeros(mentor.config.vqgan.codes, dtype=torch.bool))   # since the last look
+        self.discriminator = Discriminator() if args.adversarial else None
         self.perceptual = None
         if args.lpips:
             self.perceptual = Perceptual().load(*map(weights.read_tensors, args.lpips)).requires_grad_(False)
@@ -206,25 +271,35 @@ class PixelObjective(nn.Module):
     def elements(batch, config):
         return len(batch["target"])
 
-    def forward(self, batch, late=False):
-        """late: also listen to the discriminator. -> losses (B,)"""
+    def forward(self, batch, progress=1.0):
+        """progress: share of the steps done, for what switches on later. -> losses (B,)"""
         real = batch["target"]
-        fake, codebook_loss, _ = self.mentor.vqgan(real)
-        loss = (fake - real).abs().mean((1, 2, 3)) + (fake - real).square().mean((1, 2, 3)) + codebook_loss
+        fake, codebook_loss, tokens = self.mentor.vqgan(real, quantized=progress >= self.unquantized)
+        if self.training and tokens is not None:
+            self.used[tokens.flatten()] = True
+        error = fake - real
+        loss = error.abs().mean((1, 2, 3)) + error.square().mean((1, 2, 3)) + codebook_loss
+        # edges: neighbours must differ as they do in the picture
+        loss = loss + 0.25 * (error.diff(dim=2).abs().mean((1, 2, 3)) + error.diff(dim=3).abs().mean((1, 2, 3)))
         if self.perceptual is not None:
             loss = loss + self.perceptual(fake, real)
-        # the discriminator learns (hinge loss) from the first step; the tokenizer listens to it later, through a copy
-        # of its weights that takes no gradient, so that one backward pass serves both
-        loss = loss + F.relu(1 - self.discriminator(real)).mean((1, 2, 3))
-        loss = loss + F.relu(1 + self.discriminator(fake.detach())).mean((1, 2, 3))
-        if late:
-            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-            opinion = torch.func.functional_call(self.discriminator, frozen, (fake,))
-            loss = loss - ADVERSARIAL * opinion.mean((1, 2, 3))
+        if self.discriminator is not None:
+            loss = loss + self.critic_losses(real, fake, listen=progress >= 0.5)
         return loss                                                                       # (B,)
 
+    def critic_losses(self, real, fake, listen):
+        """The discriminator learns (hinge loss) from the first step; the tokenizer listens to it later, through a copy
+        of its weights that takes no gradient, so that one backward pass serves both. -> (B,)"""
+        loss = F.relu(1 - self.discriminator(real)).mean((1, 2, 3))
+        loss = loss + F.relu(1 + self.discriminator(fake.detach())).mean((1, 2, 3))
+        if listen:
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            opinion = torch.func.functional_call(self.discriminator, frozen, (fake,))
+            loss = loss - self.adversarial * opinion.mean((1, 2, 3))
+        return loss
 
-OBJECTIVES = {"vqgan": PixelObjective, "connector": CaptionObjective}      # all other stages: TokenObjective
+
+OBJECTIVES = {"vqgan": PixelObjective, "connector": CaptionObjective, "pretrain": PretrainObjective}   # else tokens
 PARTS = ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan")
 
 
@@ -295,7 +370,7 @@ def wrap(objective, args, ranks):
     if ranks.world == 1:
         return objective
     if not args.fsdp:
-        return DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -351,7 +426,7 @@ def memory(mentor, args, ranks, micro):
             "AdamW (fp32)": 8 * trained / share}
     if low == 2:
         rows["bf16 copies"] = 2 * trained
-    if args.stage not in OBJECTIVES:
+    if OBJECTIVES.get(args.stage, TokenObjective) not in (PixelObjective, CaptionObjective):
         full, half = activation_elements(mentor.config, args.prefix_tokens, mentor.config.grid**2, args.trains)
         sample = 4 * full + low * half
         if args.checkpoint_activations:        # the input of every block, one block in full, and the log-probabilities
@@ -424,7 +499,7 @@ def report(run):
 
 STEP = re.compile(r"step-(\d{8})$")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-CRITIC = "discriminator."
+OURS = "mentor."           # names of the model's tensors in an objective; all others belong to the training alone
 
 
 def save_checkpoint(run, step, name=None):
@@ -434,9 +509,9 @@ def save_checkpoint(run, step, name=None):
     moments = get_optimizer_state_dict(run.model, run.optimizer, options=FULL)
     if run.ranks.rank == 0:
         part = f"{folder}.part"
-        run.mentor.save_pretrained(part, {name.removeprefix("mentor."): tensor for name, tensor in state.items()
-                                          if name.startswith("mentor.")})
-        tensors = {name: tensor for name, tensor in state.items() if name.startswith(CRITIC)}
+        run.mentor.save_pretrained(part, {name.removeprefix(OURS): tensor for name, tensor in state.items()
+                                          if name.startswith(OURS)})
+        tensors = {name: tensor for name, tensor in state.items() if not name.startswith(OURS)}
         for parameter, values in moments["state"].items():
             tensors |= {f"{key}:{parameter}": tensor for key, tensor in values.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -491,7 +566,7 @@ def restore(model, optimizer, tensors):
     """Puts the optimizer's moments back."""
     moments = {}
     for name, tensor in tensors.items():
-        if not name.startswith(CRITIC):
+        if ":" in name:
             key, parameter = name.split(":", 1)
             moments.setdefault(parameter, {})[key] = tensor
     state = {"state": moments, "param_groups": get_optimizer_state_dict(model, optimizer)["param_groups"]}
@@ -643,8 +718,12 @@ def start_model(args, log):
 def start_data(args, mentor, log):
     """-> training data, data to validate on and to draw from."""
     config = mentor.config
-    options = dict(prompter=mentor.prompter, image_size=config.image_size, clip_size=config.vision.image_size,
-                   seed=args.seed, backgrounds=args.backgrounds or ())
+    options = dict(prompter=mentor.prompter, image_size=config.image_size, clip_size=config.vision.image_size)
+    if not args.data:
+        from emoji import EmojiData            # paints its pictures; needs no files but the atlas
+        return (EmojiData(weights=args.tasks, seed=args.seed, **options),
+                EmojiData(weights=args.tasks, seed=args.seed + 1, held_out=True, **options))
+    options |= dict(seed=args.seed, backgrounds=args.backgrounds or ())
     train = data.TaskData(args.data, weights=args.tasks, codes=args.codes, **options)
     for problem in train.problems:
         log(f"skipped {problem}")
@@ -658,7 +737,7 @@ def batch_arithmetic(args, ranks, samples):
     """-> micro-batches a rank computes in a step; fills in args.micro_batch and args.steps."""
     share = args.global_batch / ranks.world
     if args.micro_batch is None:
-        args.micro_batch = max((m for m in range(1, 9) if share % m == 0), default=1)
+        args.micro_batch = max((m for m in range(1, args.largest_micro + 1) if share % m == 0), default=1)
     accum = args.global_batch // (args.micro_batch * ranks.world)
     if accum * args.micro_batch * ranks.world != args.global_batch:
         raise InputError(f"--global-batch {args.global_batch} is no multiple of --micro-batch {args.micro_batch} x "
@@ -683,7 +762,7 @@ def prepare(args):
     objective = OBJECTIVES.get(args.stage, TokenObjective)(mentor, args)
     freeze(objective, args.trains)
     if saved:
-        objective.load_state_dict({name: t for name, t in saved.items() if name.startswith(CRITIC)}, strict=False)
+        objective.load_state_dict({name: t for name, t in saved.items() if ":" not in name}, strict=False)
     model = wrap(objective.to(ranks.device), args, ranks)
     optimizer = make_optimizer(objective, args.lr)
     if saved:
@@ -703,6 +782,25 @@ def read_micros(run, loader, problems, step):
     return micros
 
 
+def place_codes(run, micros, step):
+    """A new tokenizer's codes: placed on latents when quantization begins, later moved there where nothing chose them.
+
+    Rank 0 decides, with latents of its own samples.
+    """
+    start = math.ceil(UNQUANTIZED * run.args.steps)
+    if run.args.stage != "vqgan" or run.args.init != "random" or step < start or (step - start) % REVIVE_EVERY:
+        return
+    objective = getattr(run.model, "module", run.model)
+    used = torch.tensor(run.ranks.sum(objective.used.tolist())) > 0
+    quantize = run.mentor.vqgan.quantize
+    with run.evaluating():
+        z = run.mentor.vqgan.latent(micros[0][0]["target"].to(run.ranks.device))
+        quantize.revive(~used.to(run.ranks.device), z)
+    if run.ranks.world > 1:
+        dist.broadcast(quantize.embedding.weight.data, src=0)
+    objective.used.zero_()
+
+
 def train_step(run, micros, step):
     """One optimizer step. -> {"loss", "losses" per task, "grad_norm"}; raises InputError where they are not finite."""
     sums, counts = dict.fromkeys(run.args.tasks, 0.0), dict.fromkeys(run.args.tasks, 0.0)
@@ -710,7 +808,7 @@ def train_step(run, micros, step):
     for i, (batch, drop) in enumerate(micros):
         with accumulating(run.model, last=i == len(micros) - 1):
             with run.autocast():               # losses (B,), each a sum over the sample's elements
-                losses = run.model(to_device(batch, run.ranks.device, drop), late=step >= run.args.steps // 2)
+                losses = run.model(to_device(batch, run.ranks.device, drop), progress=step / run.args.steps)
             # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
             (losses.sum() * (run.ranks.world / total)).backward()
         for task, loss in zip(batch["tasks"], losses.tolist()):
@@ -747,13 +845,15 @@ def loop(run):
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_001 + ranks.rank)     # dropout: by seed, step and rank
         for group in run.optimizer.param_groups:
             group["lr"] = lr_at(step, args.steps, args.lr)
-        record = train_step(run, read_micros(run, loader, problems, step), step)
+        micros = read_micros(run, loader, problems, step)
+        place_codes(run, micros, step)
+        record = train_step(run, micros, step)
         record |= {"step": done, "lr": run.optimizer.param_groups[0]["lr"], "memory_gib": used_memory(ranks.device),
                    "samples_per_s": args.global_batch / (time.perf_counter() - begun)}
         bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {record['samples_per_s']:.1f} "
                             f"samples/s, {record['memory_gib']:.1f} GiB")
         if done % args.sample_every == 0 or done == args.steps:
-            if args.val:
+            if args.val or not args.data:
                 record["val"] = validate(run)
             if sheet := draw_rows(run):
                 sheet.save(os.path.join(args.out, f"samples-{done:08}.png"))

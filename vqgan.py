@@ -181,6 +181,13 @@ class Quantizer(nn.Module):
         """(B, h, w) tokens -> (B, e, h, w) codes on the unit sphere"""
         return F.normalize(self.embedding(tokens), dim=-1).permute(0, 3, 1, 2)            # (B, e, h, w)
 
+    @torch.no_grad()
+    def revive(self, unused, z):
+        """Puts codes that nothing chooses onto latents drawn at random. unused: (V,) bool; z: (B, e, h, w)"""
+        latents = F.normalize(z.flatten(2).transpose(1, 2).flatten(0, 1).float(), dim=-1)  # (B * T, e)
+        drawn = torch.randint(len(latents), (int(unused.sum()),), device=z.device)
+        self.embedding.weight[unused] = latents[drawn].type_as(self.embedding.weight)
+
     def forward(self, z):
         """Training: z (B, e, h, w) -> (codes with straight-through gradients, loss, tokens (B, T)).
 
@@ -218,9 +225,10 @@ class VQGAN(nn.Module):
         grid = round(tokens.size(1) ** 0.5)
         return self.decoder(self.post_quant_conv(self.quantize.lookup(tokens.unflatten(1, (grid, grid)))))
 
-    def forward(self, pixels):
-        """Training: -> (reconstruction, codebook and commitment loss, tokens)"""
-        codes, loss, tokens = self.quantize(self.latent(pixels))
+    def forward(self, pixels, quantized=True):
+        """Training: -> (reconstruction, codebook and commitment loss, tokens); unquantized: loss 0, no tokens."""
+        z = self.latent(pixels)
+        codes, loss, tokens = self.quantize(z) if quantized else (F.normalize(z, dim=1), 0.0, None)
         return self.decoder(self.post_quant_conv(codes)), loss, tokens
 
 

@@ -116,6 +116,8 @@ def test_only_matrices_decay():
     (["--without", "t2i", "--without", "segment", "--without", "recover", "--without", "subject"], "no task"),
     (["--global-batch", "6", "--micro-batch", "4"], "--global-batch 6 is no multiple of --micro-batch 4 x 1 ranks"),
     (["--model", "B"], "--model is for --init random"),
+    (["--model", "tiny", "--stage", "rope"], "--model tiny has no stage rope"),
+    (["--fsdp", "--stage", "vqgan"], "--fsdp is for the large parts"),
     (["--size", "40"], "up to 24 pixels"),
     (["--resume"], "holds no checkpoint to resume from"),
     (["--device", "cuda"], "no CUDA here"),
