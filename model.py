@@ -118,9 +118,10 @@ def size_config(size):
         return MentorConfig(
             vision=VisionConfig(width=128, layers=4, heads=4, mlp=384, image_size=64, patch_size=8),
             t5=T5Config(width=160, layers=3, heads=5, head_dim=32, mlp=384, vocab_size=1540, dropout=0.0),
-            decoder=replace(decoder, multiple_of=64, codes=1024, dropout=0.0, prefix_rope="grid", rope_base=100.0),
-            vqgan=VQConfig(channels=32, multipliers=(1, 2, 3, 5), res_blocks=1, latent=160, codes=1024),
-            prefix_tokens=96, image_size=64, sampling=Sampling(cfg_scale=3.0, top_k=1024, top_p=0.9))
+            decoder=replace(decoder, multiple_of=64, codes=512, dropout=0.0, prefix_rope="grid", rope_base=100.0),
+            vqgan=VQConfig(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent=64, codes=512),
+            prefix_tokens=96, image_size=64, image_id=1536,
+            sampling=Sampling(cfg_scale=3.0, top_k=512, top_p=0.9))
     if size != "toy":
         return MentorConfig(decoder=decoder)
     return MentorConfig(

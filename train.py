@@ -58,6 +58,7 @@ class Stage:
     lr: float
     prefix_tokens: int = 512
     prefix_rope: str | None = None   # None = as the weights it starts from
+    adversarial: float = 0.1         # weight of the tokenizer's discriminator, 0 = none
     micro: int = 8                   # the largest micro-batch that is tried without being asked for
     after: str | None = None         # the stage it starts from, where --init says nothing
 
@@ -83,7 +84,7 @@ STAGES = {
 # The small model of the emoji world (`--model tiny`), an epoch being 100,000 samples. "pretrain" stands for what CLIP,
 # FLAN-T5 and LlamaGen bring; the stages after it are the published ones, with some reconstruction kept in stage 2.
 TINY = {
-    "vqgan": replace(STAGES["vqgan"], epochs=2, global_batch=32, lr=1e-3, micro=32),
+    "vqgan": replace(STAGES["vqgan"], epochs=2, global_batch=32, lr=1.5e-3, adversarial=0.0, micro=32),
     "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 30, "reconstruct": 30, "segment": 40}, epochs=1,
                       global_batch=32, lr=1.5e-3, prefix_tokens=96, micro=32, after="vqgan"),
     "1": replace(STAGES["1"], tasks={"t2i": 30, "reconstruct": 30, "segment": 40}, epochs=0.5, global_batch=32, lr=1e-3,
@@ -110,8 +111,8 @@ def parse(argv):
     what.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: the stage's")
     what.add_argument("--prefix-tokens", type=int, help="longest prefix; default: the stage's")
     what.add_argument("--size", type=int, help="pixels a side of the targets; default: the weights' own")
-    what.add_argument("--adversarial", type=float, default=0.1, metavar="WEIGHT", help="of the discriminator, in the "
-                      "second half of --stage vqgan (default 0.1; 0 = no discriminator)")
+    what.add_argument("--adversarial", type=float, metavar="WEIGHT", help="of the discriminator, in the second half "
+                      "of --stage vqgan; 0 = no discriminator")
     what.add_argument("--lpips", nargs=2, metavar=("VGG", "HEADS"), help="weights of a perceptual loss for --stage "
                                                                          "vqgan: vgg16-397923af.pth and vgg.pth")
     source = parser.add_argument_group("data")
@@ -151,7 +152,7 @@ def parse(argv):
     args.init = args.init or (os.path.join("out", args.model, stage.after) if stage.after else "random")
     if not args.data and args.model != "tiny":
         raise InputError("there is nothing to learn from; add --data JSONL (python data.py makes one of pictures)")
-    for name in ("epochs", "global_batch", "lr", "prefix_tokens", "prefix_rope"):
+    for name in ("epochs", "global_batch", "lr", "prefix_tokens", "prefix_rope", "adversarial"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(stage, name))
     if unknown := set(args.without) - set(stage.tasks):
@@ -206,8 +207,9 @@ class TokenObjective(nn.Module):
     def losses(self, batch, prefix, tokens):
         """-> (B,)"""
         losses, _ = self.mentor.losses(prefix, tokens)                                    # (B, T)
-        if not len(batch["refs"]):             # text alone still touches the connector: every rank has its gradients
-            losses = losses + 0 * sum(p.sum() for p in self.mentor.encoder.connector.parameters())
+        # a batch of text alone must not leave these without gradients, for the ranks' averages wait for every one
+        seeing = [p for part in (self.mentor.encoder.clip, self.mentor.encoder.connector) for p in part.parameters()]
+        losses = losses + 0 * sum(p.sum() for p in seeing if p.requires_grad)
         return losses.sum(dim=1)                                                          # (B,)
 
 

@@ -163,6 +163,39 @@ def test_each_stage_runs_on_two_processes(world, tmp_path, stage):
     assert len(losses(tmp_path)) == 1 and (tmp_path / "model.safetensors").exists()
 
 
+def test_the_small_model_trains_stage_after_stage_from_nothing_on_painted_pictures(tmp_path, monkeypatch):
+    flags = ["--model", "tiny", "--steps", "3", "--global-batch", "4", "--workers", "0", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)                                # each stage starts from the one before in out/tiny
+    monkeypatch.setattr(train, "VAL_SAMPLES", 4)
+    for stage in train.TINY:
+        train.main(["--stage", stage, *flags])
+    model = weights.load("out/tiny/2")
+    assert model.draw("a dog face in the snow", refs=[Image.new("RGB", (64, 64))])[0].size == (64, 64)
+    assert model.config.decoder.prefix_rope == "grid" and len(log("out/tiny/2")) == 3
+    finish(run(["--stage", "pretrain", *flags, "--init", str(tmp_path / "out/tiny/vqgan"), "--out",
+                str(tmp_path / "two"), "--micro-batch", "1"], processes=2))
+    train.main(["--stage", "pretrain", *flags, "--out", "one", "--micro-batch", "1"])
+    np.testing.assert_allclose(losses("one"), losses(tmp_path / "two"), rtol=1e-4)
+
+
+def test_naming_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
+    # 2 x 2 patches over 4 x 4 tokens
+    model = Mentor(replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16))
+    objective = train.PretrainObjective(model, None)
+    tokens = torch.arange(16).view(1, 16)
+    prefix = model.prefix(torch.full((1, 4), TINY.image_id), torch.ones(1, 4, dtype=torch.bool),
+                          torch.randn(1, 3, 56, 56))
+    wanted = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
+    named = torch.nn.functional.one_hot(wanted, 64).float() * 1000.0                          # (P, 4, V), certain
+    objective.head.forward = lambda rows: named.flatten(1)[:len(rows)]
+    batch = {"tasks": ["reconstruct"]}
+    plain = train.TokenObjective(model, None).losses(batch, prefix, tokens)
+    torch.testing.assert_close(objective.losses(batch, prefix, tokens), plain)                # nothing to add
+    assert (objective.losses(batch, prefix, tokens.flip(1)) > 1000).all()
+    torch.testing.assert_close(objective.losses({"tasks": ["t2i"]}, prefix, tokens.flip(1)),
+                               train.TokenObjective(model, None).losses(batch, prefix, tokens.flip(1)))
+
+
 @pytest.mark.parametrize("stage", ["1", "connector", "vqgan"])
 def test_accumulating_4_x_1_equals_1_x_4(world, tmp_path, stage):
     for micro in (1, 4):
