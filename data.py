@@ -355,7 +355,7 @@ def homography(corners, sources):
     return np.linalg.solve(equations, values)
 
 
-def recovery_input(picture, mask, background, size, rng):
+def recovery_input(picture, mask, background, size, rng, scale=SCALE):
     """Recovery: the object, scaled and half the time warped, at a random place of a (size, size) background."""
     left, top, right, bottom = box_of(mask)
     cut = picture.crop((left, top, right, bottom))
@@ -369,7 +369,7 @@ def recovery_input(picture, mask, background, size, rng):
         stretch = np.array([[rng.uniform(*STRETCH), rng.uniform(-SHEAR, SHEAR)], [0, rng.uniform(*STRETCH)]])
         corners = corners @ (turn @ stretch).T
     corners -= corners.min(axis=0)
-    corners *= rng.uniform(*SCALE) * size / corners.max()
+    corners *= rng.uniform(*scale) * size / corners.max()
     longer = int(np.ceil(corners.max()))
     corners += rng.uniform(size=2) * (size - corners.max(axis=0))
     cut.thumbnail((longer, longer))      # a warp reads single pixels: shrink first, so that texture is averaged

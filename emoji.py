@@ -192,7 +192,8 @@ def compose(task, shot, rng):
     dropped = task == "reconstruct" and rng.random() < data.CAPTION_DROP
     prompt = prompt_of(task, shot.script.labels, "" if dropped else shot.caption)
     if task == "recover":
-        references = [data.recovery_input(picture, masks[0], shot.other.picture, 2 * SIZE, rng).reduce(2)]
+        scale = (0.4, 1.0)                     # smaller ones are a few pixels here
+        references = [data.recovery_input(picture, masks[0], shot.other.picture, 2 * SIZE, rng, scale).reduce(2)]
     elif task == "multi":
         references = [data.multi_reference(picture, mask, rng).resize((SIZE, SIZE), Image.BICUBIC) for mask in masks]
     else:
@@ -262,7 +263,7 @@ def look(args):
     out = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height + 8 for sheet in sheets)), "white")
     for i, sheet in enumerate(sheets):
         out.paste(sheet, (0, sum(above.height + 8 for above in sheets[:i])))
-    out.save(args.out, "PNG")
+    out.save(args.out, "WEBP" if args.out.endswith(".webp") else "PNG")
     print(f"wrote {args.out}")
 
 
