@@ -206,12 +206,14 @@ class EmojiData(Dataset):
 
     weights: {task: its share}, default all of data.TASKS alike; besides them there are "caption" (a picture's caption
     as labels) and "picture" (the target of any task alone, for the tokenizer). length: what counts as an epoch; later
-    samples are new ones. A sample also has "meta": what is seen in it, for whoever judges drawn pictures.
+    samples are new ones. extras: styles, hats and second emoji may come in. A sample also has "meta": what is seen in
+    it, for whoever judges drawn pictures.
     """
 
-    def __init__(self, prompter, image_size=SIZE, clip_size=SIZE, weights=None, seed=0, held_out=False, length=100_000):
+    def __init__(self, prompter, image_size=SIZE, clip_size=SIZE, weights=None, seed=0, held_out=False, length=100_000,
+                 extras=True):
         self.prompter, self.image_size, self.clip_size, self.seed = prompter, image_size, clip_size, seed
-        weights = weights or dict.fromkeys(data.TASKS, 1)
+        self.extras, weights = extras, weights or dict.fromkeys(data.TASKS, 1)
         self.tasks = [task for task, weight in weights.items() if weight != 0]
         if "caption" in self.tasks and len(self.tasks) > 1:
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
@@ -227,7 +229,7 @@ class EmojiData(Dataset):
         rng = np.random.default_rng((self.seed, k))
         task = self.tasks[int(rng.choice(len(self.tasks), p=self.shares))]
         kind = {"caption": "t2i", "picture": pick(rng, data.TASKS)}.get(task, task)
-        shot = self.world.shot(rng, kind)
+        shot = self.world.shot(rng, kind, self.extras)
         prompt, references, target = compose(kind, shot, rng)
         if task in ("caption", "picture"):
             prompt, references = (data.IMAGE, [shot.picture]) if task == "caption" else ("", [])
