@@ -100,7 +100,7 @@ ALIGNED = 0.5              # pretraining: weight of naming the tokens under the 
 
 
 def parse(argv):
-    """Command line -> arguments whose stage row is filled in; flags that were not given come from the table."""
+    """The command line -> arguments; a flag that was not given is None or its default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what")
     what.add_argument("--stage", required=True, choices=dict.fromkeys([*STAGES, *TINY]))
@@ -143,7 +143,11 @@ def parse(argv):
     output.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     output.add_argument("--sample-every", type=int, default=500, help="steps between validations")
     output.add_argument("--keep", type=int, default=2, help="checkpoints to keep")
-    args = parser.parse_args(argv)
+    return fill_from_table(parser.parse_args(argv))
+
+
+def fill_from_table(args):
+    """Arguments -> the same with what was not given taken from the stage's row; raises InputError for what clashes."""
     table = TINY if args.model == "tiny" else STAGES
     if args.stage not in table:
         raise InputError(f"--model {args.model} has no stage {args.stage}; its stages are {', '.join(table)}")
@@ -227,6 +231,7 @@ class PretrainObjective(TokenObjective):
         self.head = nn.Linear(config.decoder.width, self.side**2 * config.decoder.codes)
 
     def losses(self, batch, prefix, tokens):
+        """-> (B,), with ALIGNED times the cross entropy of the named tokens where there are any"""
         losses = super().losses(batch, prefix, tokens)
         dropped = batch["drop"] if "drop" in batch else torch.zeros_like(prefix.valid[:, 0])
         aligned = torch.tensor([task in ("reconstruct", "segment") for task in batch["tasks"]], device=tokens.device)
