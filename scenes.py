@@ -2,8 +2,8 @@
 
 Twenty places and ten plain colours, each with random geometry and colours and with three phrases that a caption may use
 for it. All of them stay recognisable behind a subject that covers half the picture: what makes a scene lies along the
-edges too. They are painted at twice the size and reduced, and kept free of fine texture, which a tokenizer of 64 tokens
-could not hold.
+edges too. They are painted at twice the size and reduced, and kept free of fine texture, which a small tokenizer could
+not hold.
 
     image = scenes.paint(np.random.default_rng(0), "snow")           # PIL RGB
 

@@ -91,6 +91,8 @@ TINY = {
                  prefix_tokens=96, micro=32, after="pretrain"),
     "2": replace(STAGES["2"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "recover": 15, "subject": 45},
                  epochs=2, global_batch=32, lr=1e-3, prefix_tokens=96, micro=32, after="1"),
+    "multi": replace(STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30, "multi": 30},
+                     epochs=0.5, global_batch=32, lr=1e-3, prefix_tokens=192, micro=32, after="2"),
 }
 BETAS, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.05, 1.0, 0.05, 0.1
 UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
