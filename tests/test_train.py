@@ -157,6 +157,17 @@ def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(wor
     assert weights.load(tmp_path).draw("a cat", refs=[Image.new("RGB", (30, 30))])[0].size == (24, 24)
 
 
+def test_the_tokenizer_takes_a_perceptual_loss_and_does_without_a_discriminator(world, tmp_path):
+    from test_vqgan import lpips_files
+    paths = [str(tmp_path / name) for name in ("vgg.pth", "heads.pth")]
+    for path, tensors in zip(paths, lpips_files()):
+        torch.save(tensors, path)
+    for name, flags in {"plain": [], "lpips": ["--lpips", *paths]}.items():
+        train.main([*command(world, tmp_path / name, "--adversarial", 0, stage="vqgan", steps=1), *flags])
+    assert losses(tmp_path / "lpips")[0] > losses(tmp_path / "plain")[0]
+    assert not [key for key in load_file(tmp_path / "plain/step-00000001/training.safetensors") if "discr" in key]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_runs_on_two_processes(world, tmp_path, stage):
     finish(run(command(world, tmp_path, stage=stage, steps=1), processes=2))

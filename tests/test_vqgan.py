@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import TINY, Golden, close
 
-from vqgan import VQGAN, VQConfig
+from vqgan import VQGAN, Discriminator, Perceptual, VQConfig
 
 
 @pytest.mark.parametrize("name, atol", [
@@ -46,3 +46,35 @@ def test_training_gradients_pass_straight_through_the_codebook():
     close(through, plain, 1e-6)
     loss.backward()
     assert vqgan.quantize.embedding.weight.grad.abs().sum() > 0 and z.grad.abs().sum() > 0
+
+
+def lpips_files():
+    """Random weights under the names of the two public files."""
+    features = Perceptual().features.state_dict()
+    vgg = {f"features.{name}": torch.randn_like(tensor) * 0.05 for name, tensor in features.items()}
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))}
+    return {**vgg, "classifier.0.weight": torch.zeros(1)}, heads
+
+
+def test_the_perceptual_distance_takes_the_public_files_and_is_zero_for_equal_pictures_only():
+    distance = Perceptual().load(*lpips_files())
+    assert [name for name in distance.features.state_dict() if name.endswith("weight")][-1] == "28.weight"     # VGG-16
+    a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    assert (distance(a, a) == 0).all() and (distance(a, b) > 0).all()
+    close(distance(a, b), torch.stack([distance(a[i:i + 1], b[i:i + 1])[0] for i in range(2)]), 1e-5)
+
+
+def test_the_discriminator_judges_a_picture_whatever_its_batch():
+    pictures = torch.rand(3, 3, 64, 64)
+    discriminator = Discriminator()
+    close(discriminator(pictures)[1:2], discriminator(pictures[1:2]), 1e-5)
+
+
+def test_codes_that_nothing_chose_are_placed_on_latents():
+    quantize = VQGAN(TINY.vqgan).quantize
+    unused = torch.arange(64) % 2 == 0
+    before, z = quantize.embedding.weight.clone(), torch.randn(2, 8, 4, 4)
+    quantize.revive(unused, z)
+    latents = torch.nn.functional.normalize(z, dim=1).permute(0, 2, 3, 1).reshape(-1, 8)
+    assert torch.equal(quantize.embedding.weight[~unused], before[~unused])
+    assert torch.cdist(quantize.embedding.weight[unused], latents).min(dim=1).values.max() < 1e-2
