@@ -84,7 +84,7 @@ STAGES = {
 # The small model of the emoji world (`--model tiny`), an epoch being 100,000 samples. "pretrain" stands for what CLIP,
 # FLAN-T5 and LlamaGen bring; the stages after it are the published ones, with some reconstruction kept in stage 2.
 TINY = {
-    "vqgan": replace(STAGES["vqgan"], epochs=0.77, global_batch=32, lr=1.5e-3, prefix_tokens=96, adversarial=0.0,
+    "vqgan": replace(STAGES["vqgan"], epochs=0.768, global_batch=32, lr=1.5e-3, prefix_tokens=96, adversarial=0.0,
                      micro=32),
     "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 30, "reconstruct": 30, "segment": 40}, epochs=1,
                       global_batch=32, lr=1.5e-3, prefix_tokens=96, micro=32, after="vqgan"),
