@@ -101,6 +101,7 @@ def scene(*phrases):
 
 @scene("in the snow", "on a snowy hill", "in winter")
 def snow(c):
+    """Snowy hills and flakes, pines at both sides."""
     c.fade(c.tone(0.58, 0.25, 0.8), c.tone(0.58, 0.1, 0.95), bottom=80)
     for x in (*c.u(0, 40, 2), *c.u(88, S, 2)):
         c.pine(x, c.u(72, 90), c.u(40, 60), c.tone(0.42, 0.45, 0.4), c.tone(0.58, 0.03, 0.98))
@@ -111,6 +112,7 @@ def snow(c):
 
 @scene("on the beach", "at the sea", "on the sand under a palm")
 def beach(c):
+    """Sky, sea and sand, a palm leaning in from one side."""
     c.fade(c.tone(0.56, 0.5, 0.95), c.tone(0.54, 0.2, 1), bottom=48)
     c.fade(c.tone(0.52, 0.75, 0.75), c.tone(0.48, 0.5, 0.85), top=48, bottom=S)
     shore = c.u(70, 82)
@@ -125,6 +127,7 @@ def beach(c):
 
 @scene("in the jungle", "among big green leaves", "in a rainforest")
 def jungle(c):
+    """Large overlapping leaves in every direction."""
     c.fade(c.tone(0.36, 0.6, 0.45), c.tone(0.38, 0.8, 0.15))
     for x, y, length, angle in c.rng.uniform((-20, -20, 36, 0), (148, 148, 64, 6.3), (22, 4)).tolist():
         colour = c.tone(0.3 + 0.0025 * (angle * 7 % 40), 0.7, 0.3 + length / 200)
@@ -133,6 +136,7 @@ def jungle(c):
 
 @scene("in the desert", "among sand dunes and cacti", "in the hot desert")
 def desert(c):
+    """Dunes under a pale sun, a cactus at each side."""
     c.fade(c.tone(0.1, 0.35, 1), c.tone(0.13, 0.2, 1), bottom=70)
     c.dot(c.u(20, 108), c.u(14, 30), 10, (255, 255, 240))
     c.hills(62, 10, c.tone(0.08, 0.6, 0.85))
@@ -147,6 +151,7 @@ def desert(c):
 
 @scene("in the city at night", "in front of skyscrapers at night", "in a town by night")
 def city_at_night(c):
+    """Dark towers with lit windows under the moon."""
     c.fade(c.tone(0.66, 0.75, 0.3), c.tone(0.75, 0.55, 0.55))
     c.dot(c.u(20, 108), c.u(12, 20), 8, c.tone(0.14, 0.2, 1))
     x = -c.u(0, 12)
@@ -162,6 +167,7 @@ def city_at_night(c):
 
 @scene("under water", "at the bottom of the sea", "deep in the ocean")
 def under_water(c):
+    """Light from above, weeds from below, bubbles."""
     c.fade(c.tone(0.5, 0.6, 0.9), c.tone(0.56, 0.85, 0.65), c.tone(0.62, 0.9, 0.35))
     for x in c.u(0, S, 4):
         c.draw.polygon([(x, 0), (x + 14, 0), (x - 20, S), (x - 52, S)], fill=(255, 255, 255, 28))
@@ -175,6 +181,7 @@ def under_water(c):
 
 @scene("in space", "among the stars", "in outer space")
 def space(c):
+    """Stars, faint nebulae, a ringed planet near the edge."""
     c.fade(c.tone(0.7, 0.7, 0.08), c.tone(0.76, 0.7, 0.16))
     for x, y, r in c.rng.uniform((0, 0, 15), (S, S, 40), (6, 3)).tolist():
         c.dot(x, y, r, c.tone(0.8, 0.8, 0.5, 36), r * 0.6)
@@ -186,6 +193,7 @@ def space(c):
 
 @scene("in a wheat field", "in a field of ripe grain", "among golden wheat")
 def wheat_field(c):
+    """Ears of grain below a blue sky."""
     c.fade(c.tone(0.57, 0.55, 0.95), c.tone(0.55, 0.2, 1), bottom=56)
     c.fade(c.tone(0.13, 0.6, 0.95), c.tone(0.11, 0.75, 0.7), top=48)
     for x, y, lean in sorted(c.rng.uniform((0, 44, -5), (S, 120, 5), (64, 3)).tolist(), key=lambda row: row[1]):
@@ -195,6 +203,7 @@ def wheat_field(c):
 
 @scene("at sunset", "in the evening sun", "in front of the setting sun")
 def sunset(c):
+    """A large low sun and its reflections on water."""
     y, x = c.u(76, 88), c.u(40, 88)
     c.fade(c.tone(0.75, 0.6, 0.4), c.tone(0.93, 0.6, 0.8), c.tone(0.05, 0.75, 1), c.tone(0.13, 0.7, 1), bottom=int(y))
     c.dot(x, y, c.u(22, 30), c.tone(0.14, 0.45, 1))
@@ -206,6 +215,7 @@ def sunset(c):
 
 @scene("on a meadow", "in the green grass", "in a meadow full of flowers")
 def meadow(c):
+    """Green hills with blades of grass and four-petalled flowers."""
     c.fade(c.tone(0.56, 0.5, 0.98), c.tone(0.54, 0.2, 1), bottom=56)
     c.hills(44, 6, c.tone(0.31, 0.6, 0.75))
     c.hills(66, 6, c.tone(0.29, 0.7, 0.65))
@@ -220,6 +230,7 @@ def meadow(c):
 
 @scene("in the rain", "on a rainy day", "in a downpour")
 def rain(c):
+    """Slanting drops from grey clouds, puddles on the ground."""
     c.fade(c.tone(0.6, 0.2, 0.42), c.tone(0.58, 0.12, 0.62), bottom=96)
     c.fade(c.tone(0.6, 0.12, 0.45), c.tone(0.6, 0.15, 0.35), top=96)
     c.dots(10, -8, 12, 14, 24, c.tone(0.62, 0.15, 0.32), c.tone(0.62, 0.12, 0.38))
@@ -231,6 +242,7 @@ def rain(c):
 
 @scene("in the mountains", "in front of high peaks", "in the alps")
 def mountains(c):
+    """Three peaks with snow caps and a shaded side each."""
     c.fade(c.tone(0.58, 0.45, 0.95), c.tone(0.55, 0.15, 1), bottom=100)
     for x, top in ((c.u(52, 76), c.u(14, 24)), (c.u(8, 24), c.u(4, 18)), (c.u(100, 118), c.u(4, 18))):
         half, y, rock = c.u(44, 54), 104, c.tone(0.65, 0.18, 0.5)
@@ -246,6 +258,7 @@ def mountains(c):
 
 @scene("on a volcano", "next to a volcano full of lava", "among hot lava")
 def volcano(c):
+    """A glowing crater with five streams of lava, and sparks."""
     c.fade(c.tone(0.98, 0.7, 0.18), c.tone(0.01, 0.85, 0.5), c.tone(0.05, 0.9, 0.9), bottom=110)
     x, top = c.u(50, 78), c.u(28, 36)
     c.dots(9, 0, 14, 8, 16, c.tone(0.0, 0.3, 0.25, 200))
@@ -260,6 +273,7 @@ def volcano(c):
 
 @scene("in an autumn forest", "among autumn trees", "under red and golden leaves")
 def autumn_forest(c):
+    """Trunks at both sides under red and golden leaves."""
     c.fade(c.tone(0.12, 0.4, 0.98), c.tone(0.1, 0.45, 0.85), bottom=100)
     c.hills(96, 5, c.tone(0.07, 0.7, 0.55))
     for x in (*c.u(4, 40, 2), *c.u(88, 124, 2)):
@@ -271,6 +285,7 @@ def autumn_forest(c):
 
 @scene("on the road", "in the middle of a street", "on a highway")
 def road(c):
+    """A road that narrows to the horizon, with its markings."""
     c.fade(c.tone(0.56, 0.4, 0.95), c.tone(0.55, 0.15, 1), bottom=48)
     c.fade(c.tone(0.27, 0.5, 0.6), c.tone(0.28, 0.6, 0.5), top=44)
     x = c.u(52, 76)
@@ -286,6 +301,7 @@ def road(c):
 
 @scene("in the living room", "at home in front of the sofa", "in a cosy room")
 def living_room(c):
+    """A sofa between a lamp and a window, striped wallpaper."""
     wall, sofa = c.tone(c.u(0.08, 0.16), 0.18, 0.92), c.tone(c.rng.choice((0.0, 0.5, 0.62, 0.83)), 0.5, 0.65)
     c.fade(wall, wall, bottom=90)
     for x in np.arange(c.u(0, 16), S, 16):
@@ -305,6 +321,7 @@ def living_room(c):
 
 @scene("in the kitchen", "on the kitchen counter", "next to the stove")
 def kitchen(c):
+    """Tiles below cupboards, hanging pans, a stove in the counter."""
     tile, wood = c.tone(c.rng.choice((0.3, 0.5, 0.58)), 0.14, 0.95), c.tone(0.08, 0.5, 0.62)
     c.fade(tile, tile)
     for at in range(0, S, 14):
@@ -325,6 +342,7 @@ def kitchen(c):
 
 @scene("in the clouds", "high up in the sky", "among white clouds")
 def clouds(c):
+    """White clouds all over a blue sky."""
     c.fade(c.tone(0.6, 0.65, 0.9), c.tone(0.55, 0.35, 1))
     for x, y in c.rng.permutation([(14, 18), (70, 8), (116, 34), (6, 70), (122, 84), (30, 116), (84, 120)])[:6]:
         x, y = x + c.u(-10, 10), y + c.u(-8, 8)
@@ -334,6 +352,7 @@ def clouds(c):
 
 @scene("on a stage", "in the spotlight on a stage", "in front of red curtains")
 def stage(c):
+    """Red curtains around a beam of light."""
     c.fade(c.tone(0.75, 0.5, 0.12), c.tone(0.8, 0.5, 0.22), bottom=100)
     c.fade(c.tone(0.07, 0.6, 0.55), c.tone(0.07, 0.65, 0.4), top=100)
     x = c.u(50, 78)
@@ -349,6 +368,7 @@ def stage(c):
 
 @scene("in a library", "in front of bookshelves", "among many books")
 def library(c):
+    """Four shelves of books."""
     c.fade(c.tone(0.07, 0.6, 0.35), c.tone(0.07, 0.6, 0.28))
     for y in (2, 34, 66, 98):
         x = 3
