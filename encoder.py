@@ -75,19 +75,24 @@ class TextConfig:
     end_id: int = 49407
 
 
-class ClipBlock(nn.Module):
-    """Pre-norm transformer block with the sigmoid approximation of GELU."""
+def quick_gelu(x):
+    """The sigmoid approximation of GELU that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, width, heads, mlp):
+
+class VitBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width, heads, mlp, activation=quick_gelu, eps=1e-5):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.activation = activation
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
 
     def forward(self, x, causal=False):
         x = x + self.attn(self.norm1(x), causal=causal)
-        h = self.fc1(self.norm2(x))
-        return x + self.fc2(h * torch.sigmoid(1.702 * h))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
 class ClipVision(nn.Module):
@@ -100,7 +105,7 @@ class ClipVision(nn.Module):
         self.class_embed = nn.Parameter(torch.randn(config.width) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(config.grid**2 + 1, config.width) * 0.02)
         self.norm_pre = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(ClipBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(VitBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
         self.norm_post = nn.LayerNorm(config.width)
 
     def run(self, pixels, layers):
@@ -129,7 +134,7 @@ class ClipText(nn.Module):
         self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.pos_embed = nn.Parameter(torch.randn(config.positions, config.width) * 0.02)
-        self.blocks = nn.ModuleList(ClipBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(VitBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
     def summary(self, ids):
@@ -174,6 +179,46 @@ CLIP_NAMES = (  # ours -> public, regular expressions applied in order; "pre_lay
     (r"^text\.token_embed", "text_model.embeddings.token_embedding"),
     (r"^text\.norm", "text_model.final_layer_norm"),
     (r"^vision_projection", "visual_projection"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DINO, which only judges pictures (eval.py)
+
+class Dino(nn.Module):
+    """facebook/dino-vits16 and dino-vits8: a picture's summary that tells subjects of one class apart."""
+
+    def __init__(self, patch_size=16, width=384, layers=12, heads=6, image_size=224):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
+        self.class_embed = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // patch_size)**2 + 1, width) * 0.02)
+        self.blocks = nn.ModuleList(VitBlock(width, heads, 4 * width, F.gelu, eps=1e-12) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, pixels):
+        """(K, 3, 224, 224) normalised pixels -> class token (K, C)"""
+        patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)                     # (K, P, C)
+        x = torch.cat([self.class_embed.expand(len(pixels), -1, -1), patches], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, 0])                                                         # (K, C)
+
+
+DINO_NAMES = (  # ours -> public, regular expressions applied in order
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.q\.", ".attention.attention.query."),
+    (r"\.attn\.k\.", ".attention.attention.key."),
+    (r"\.attn\.v\.", ".attention.attention.value."),
+    (r"\.attn\.o\.", ".attention.output.dense."),
+    (r"\.fc1\.", ".intermediate.dense."),
+    (r"\.fc2\.", ".output.dense."),
+    (r"^patch_embed", "embeddings.patch_embeddings.projection"),
+    (r"^class_embed", "embeddings.cls_token"),
+    (r"^pos_embed", "embeddings.position_embeddings"),
+    (r"^norm\.", "layernorm."),
 )
 
 

@@ -3,7 +3,7 @@ import torch
 from conftest import TINY, Golden, close, t5_config, text_config, vision_config
 
 from data import InputError
-from encoder import CLIP_NAMES, T5, T5_NAMES, Clip, Connector, MultimodalEncoder
+from encoder import CLIP_NAMES, DINO_NAMES, T5, T5_NAMES, Clip, Connector, Dino, MultimodalEncoder
 
 
 @pytest.mark.parametrize("name, step, atol", [
@@ -17,6 +17,13 @@ def test_clip_agrees_with_the_golden_outputs(name, step, atol):
     close(clip.vision(pixels)[:, ::step, ::step], g["penultimate_patches"], atol)
     close(clip.embed_image(pixels), g["image_embedding"], atol)
     close(clip.embed_text(g["text_ids"]), g["text_embedding"], atol)
+
+
+@pytest.mark.parametrize("patch_size", [16, pytest.param(8, marks=pytest.mark.full)])
+def test_dino_agrees_with_the_golden_outputs(patch_size):
+    g = Golden(f"dino-vits{patch_size}")
+    dino = g.fill_by_table(Dino(patch_size), DINO_NAMES)
+    close(dino(g.noise("pixels", (2, 3, 224, 224))), g["embedding"], 1e-3)
 
 
 @pytest.mark.parametrize("name, channels, codes, atol", [
