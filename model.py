@@ -116,8 +116,8 @@ def size_config(size):
     decoder = DecoderConfig(layers, heads, width)
     if size == "tiny":
         return MentorConfig(
-            vision=VisionConfig(width=128, layers=4, heads=4, mlp=384, image_size=64, patch_size=8),
-            t5=T5Config(width=160, layers=3, heads=5, head_dim=32, mlp=384, vocab_size=1540, dropout=0.0),
+            vision=VisionConfig(width=192, layers=4, heads=6, mlp=576, image_size=64, patch_size=8),
+            t5=T5Config(width=192, layers=3, heads=6, head_dim=32, mlp=512, vocab_size=1540, dropout=0.0),
             decoder=replace(decoder, multiple_of=64, codes=512, dropout=0.0, prefix_rope="grid", rope_base=100.0),
             vqgan=VQConfig(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent=64, codes=512),
             prefix_tokens=96, image_size=64, image_id=1536,

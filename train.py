@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 import weights
 from data import InputError
-from model import SIZES, Mentor, replace_folder
+from model import SIZES, Mentor, Prefix, replace_folder
 from rope2d import PREFIX_ROPE
 from vqgan import Discriminator, Perceptual
 
@@ -86,20 +86,20 @@ STAGES = {
 TINY = {
     "vqgan": replace(STAGES["vqgan"], epochs=0.768, global_batch=32, lr=1.5e-3, prefix_tokens=96, adversarial=0.0,
                      micro=32),
-    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 30, "reconstruct": 30, "segment": 40}, epochs=1,
-                      global_batch=32, lr=1.5e-3, prefix_tokens=96, micro=32, after="vqgan"),
-    "1": replace(STAGES["1"], tasks={"t2i": 30, "reconstruct": 30, "segment": 40}, epochs=0.5, global_batch=32, lr=1e-3,
-                 prefix_tokens=96, micro=32, after="pretrain"),
-    "2": replace(STAGES["2"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "recover": 15, "subject": 45},
-                 epochs=2, global_batch=32, lr=1e-3, prefix_tokens=96, micro=32, after="1"),
+    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 25, "reconstruct": 35, "segment": 40}, epochs=0.64,
+                      global_batch=16, lr=2e-3, prefix_tokens=96, micro=16, after="vqgan"),
+    "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.2, global_batch=16,
+                 lr=1.5e-3, prefix_tokens=96, micro=16, after="pretrain"),
+    "2": replace(STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
+                 epochs=1, global_batch=16, lr=1.5e-3, prefix_tokens=96, micro=16, after="1"),
     "multi": replace(STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30, "multi": 30},
-                     epochs=0.5, global_batch=32, lr=1e-3, prefix_tokens=192, micro=32, after="2"),
+                     epochs=0.5, global_batch=16, lr=1e-3, prefix_tokens=192, micro=16, after="2"),
 }
 BETAS, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.05, 1.0, 0.05, 0.1
 UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
 UNQUANTIZED = 0.02         # share of the steps that a new tokenizer trains before its codes are placed
 REVIVE_EVERY = 50          # steps between looks for codes of a new tokenizer that nothing chooses
-ALIGNED = 0.5              # pretraining: weight of naming the tokens under the reference's patches
+ALIGNED = ("reconstruct", "segment")     # tasks whose target lies under the reference: pretraining names its tokens
 
 
 def parse(argv):
@@ -209,9 +209,9 @@ class TokenObjective(nn.Module):
 
     def forward(self, batch, progress=0.0):
         prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], batch.get("drop"))
-        return self.losses(batch, prefix, self.tokens(batch))                             # (B,)
+        return self.losses(prefix, self.tokens(batch))                                    # (B,)
 
-    def losses(self, batch, prefix, tokens):
+    def losses(self, prefix, tokens):
         """-> (B,)"""
         losses, _ = self.mentor.losses(prefix, tokens)                                    # (B, T)
         # a batch of text alone must not leave these without gradients, for the ranks' averages wait for every one
@@ -221,10 +221,10 @@ class TokenObjective(nn.Module):
 
 
 class PretrainObjective(TokenObjective):
-    """Also names the tokens under each patch of a reference, where target and reference are aligned: stage pretrain.
+    """Stage pretrain: what CLIP, T5 and LlamaGen bring to the published recipe, learnt from nothing.
 
-    In the published recipe CLIP arrives with eyes; a small encoder that starts from nothing learns to see here. The
-    linear head is thrown away afterwards.
+    The encoders learn to see and to read: a linear head, thrown away afterwards, names the tokens under each patch of a
+    reference, in the tasks whose target lies under it. The decoder learns to write, from text alone.
     """
 
     def __init__(self, mentor, args):
@@ -233,19 +233,28 @@ class PretrainObjective(TokenObjective):
         self.side = config.grid // config.vision.grid          # tokens a side of one patch
         self.head = nn.Linear(config.decoder.width, self.side**2 * config.decoder.codes)
 
-    def losses(self, batch, prefix, tokens):
-        """-> (B,), with ALIGNED times the cross entropy of the named tokens where there are any"""
-        losses = super().losses(batch, prefix, tokens)
-        dropped = batch["drop"] if "drop" in batch else torch.zeros_like(prefix.valid[:, 0])
-        aligned = torch.tensor([task in ("reconstruct", "segment") for task in batch["tasks"]], device=tokens.device)
-        aligned &= ~dropped
-        rows = prefix.rows[prefix.is_image & aligned[:, None]]                            # (n * P, D)
+    def forward(self, batch, progress=0.0):
+        """-> (B,)"""
+        tokens = self.tokens(batch)
+        aligned = torch.tensor([task in ALIGNED for task in batch["tasks"]], device=tokens.device)
+        drop = batch["drop"] & ~aligned if "drop" in batch else None
+        prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], drop)
+        losses = tokens.new_zeros(len(tokens), dtype=torch.float32)
+        for chosen, cost in ((aligned, self.naming), (~aligned, self.losses)):
+            if not chosen.any():
+                continue
+            part = Prefix(*(rows[chosen][:, prefix.valid[chosen].any(dim=0)] for rows in prefix))   # least padding
+            losses = losses.index_add(0, chosen.nonzero()[:, 0], cost(part, tokens[chosen]))
+        return losses + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)        # as in `losses`
+
+    def naming(self, prefix, tokens):
+        """Cross entropy of the tokens under every patch. -> (n,)"""
         grid, patches = self.mentor.config.grid, self.mentor.config.vision.grid
-        wanted = tokens[aligned].view(-1, patches, self.side, patches, self.side)
-        wanted = wanted.transpose(2, 3).reshape(len(rows), self.side**2)                  # (n * P, side**2)
+        rows = prefix.rows[prefix.is_image]                                               # (n * P, D)
+        wanted = tokens.view(-1, patches, self.side, patches, self.side).transpose(2, 3)
         named = self.head(rows).unflatten(-1, (self.side**2, -1)).flatten(0, 1)           # (n * T, V)
-        named = F.cross_entropy(named.float(), wanted.flatten(), reduction="none").view(-1, grid**2)
-        return losses.index_add(0, aligned.nonzero()[:, 0], ALIGNED * named.sum(dim=1))   # (B,)
+        named = F.cross_entropy(named.float(), wanted.flatten(), reduction="none")
+        return named.view(-1, grid**2).sum(dim=1)                                         # (n,)
 
 
 class CaptionObjective(nn.Module):

@@ -199,12 +199,27 @@ def test_naming_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
     wanted = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
     named = torch.nn.functional.one_hot(wanted, 64).float() * 1000.0                          # (P, 4, V), certain
     objective.head.forward = lambda rows: named.flatten(1)[:len(rows)]
-    batch = {"tasks": ["reconstruct"]}
-    plain = train.TokenObjective(model, None).losses(batch, prefix, tokens)
-    torch.testing.assert_close(objective.losses(batch, prefix, tokens), plain)                # nothing to add
-    assert (objective.losses(batch, prefix, tokens.flip(1)) > 1000).all()
-    torch.testing.assert_close(objective.losses({"tasks": ["t2i"]}, prefix, tokens.flip(1)),
-                               train.TokenObjective(model, None).losses(batch, prefix, tokens.flip(1)))
+    assert objective.naming(prefix, tokens) < 1e-6
+    assert (objective.naming(prefix, tokens.flip(1)) > 1000).all()
+
+
+@pytest.mark.gradients
+def test_pretraining_names_tokens_where_they_are_aligned_and_writes_them_where_they_are_not():
+    model = Mentor(replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16)).eval()
+    objective = train.PretrainObjective(model, None)
+    ids = torch.tensor([[TINY.image_id] * 4 + [7, 8], [7, 8, 9, 0, 0, 0], [TINY.image_id] * 4 + [9, 0]])
+    batch = {"ids": ids, "mask": ids > 0, "refs": torch.randn(2, 3, 56, 56), "tokens": torch.randint(64, (3, 16)),
+             "tasks": ["segment", "t2i", "reconstruct"]}
+    alone = train.TokenObjective(model, None)({**batch, "ids": ids[1:2, :3], "mask": ids[1:2, :3] > 0,
+                                               "refs": None, "tokens": batch["tokens"][1:2]})
+    losses = objective(batch)
+    torch.testing.assert_close(losses[1:2], alone)
+    losses[[0, 2]].sum().backward()
+    assert model.encoder.clip.patch_embed.weight.grad.abs().sum() > 0
+    assert model.decoder.tok_embeddings.weight.grad.abs().sum() == 0      # there, lest other ranks wait for it
+    dropped = objective({**batch, "drop": torch.ones(3, dtype=torch.bool)})
+    torch.testing.assert_close(dropped[[0, 2]], losses[[0, 2]])           # naming nothing would teach nothing
+    assert (dropped[1] - losses[1]).abs() > 0
 
 
 @pytest.mark.parametrize("stage", ["1", "connector", "vqgan"])
