@@ -6,6 +6,7 @@ that is to draw this very one has to read the reference picture. A tenth of the 
 
     python emoji.py look                      # a contact sheet of scenes, styles and tasks
     python emoji.py export folder --n 200     # files and a data.jsonl, as a real data set has them
+    python emoji.py subject "dog face" folder # pictures of one instance, as one drops them into a folder
     python emoji.py atlas                     # draws assets/emoji.webp anew, from Debian's fonts-noto-color-emoji
 
 `EmojiData` stands in for `data.TaskData`; sample k is a function of (seed, k) alone. Next: `train.py`.
@@ -297,6 +298,27 @@ def export(args):
     print(f"wrote {path}: {len(rows):,} rows")
 
 
+def subject(args):
+    """Writes pictures of one emoji in one look before several scenes, with the captions and masks beside them that
+    `data.py folder` reads."""
+    index = next((i for i, known in enumerate(subjects()) if known.label == args.label), None)
+    if index is None:
+        near = [known.label for known in subjects() if set(known.label.split()) & set(args.label.split())]
+        raise InputError(f"{args.label}: no such emoji{'; there are ' * bool(near)}{', '.join(near[:20])}; all names "
+                         f"are in assets/emoji.json")
+    os.makedirs(args.folder, exist_ok=True)
+    stem, rng = os.path.join(args.folder, args.label.replace(" ", "_")), np.random.default_rng(args.seed)
+    for k in range(args.n):
+        script = Script((index,), args.scene or pick(rng, list(SCENES)))
+        figure = inside(Figure(Look(index, args.hue), *rng.uniform(28, 36, 2), rng.uniform(34, 44)))
+        picture, masks = paint(scenes.paint(rng, script.scene), [figure])
+        picture.save(f"{stem}-{k:02}.png")
+        Image.fromarray(masks[0]).save(f"{stem}-{k:02}.mask.png")
+        with open(f"{stem}-{k:02}.txt", "w", encoding="utf-8") as file:
+            file.write(script.caption(rng) + "\n")
+    print(f"wrote {stem}-00.png to -{args.n - 1:02}.png, their masks and captions")
+
+
 def atlas(args):
     """Draws assets/emoji.webp anew, from Debian's fonts-noto-color-emoji."""
     draw_atlas()
@@ -306,17 +328,22 @@ def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(prog="emoji.py", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in (look, export, atlas):
+    for function in (look, export, subject, atlas):
         command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
-        if function is not atlas:
+        if function in (look, export):
             command.add_argument("--held-out", action="store_true", help="with the subjects kept out of training")
+        if function is not atlas:
             command.add_argument("--seed", type=int, default=0)
-            command.add_argument("--n", type=int, default={look: 4, export: 200}[function],
-                                 help="samples of a task or rows in all (default %(default)s)")
+            command.add_argument("--n", type=int, default={look: 4, export: 200, subject: 6}[function],
+                                 help="samples of a task or pictures in all (default %(default)s)")
+        if function is subject:
+            command.add_argument("label", help="its name, such as \"dog face\"")
+            command.add_argument("--hue", type=float, default=0.0, help="degrees its colours are turned (default 0)")
+            command.add_argument("--scene", choices=SCENES, metavar="SCENE", help="one for all; default: any")
         if function is look:
             command.add_argument("--out", default="emoji.png", help="the sheet, a PNG (default emoji.png)")
-        if function is export:
+        if function in (export, subject):
             command.add_argument("folder")
     args = parser.parse_args(argv)
     try:

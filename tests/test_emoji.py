@@ -199,6 +199,17 @@ def test_an_export_is_read_as_any_other_data(tmp_path, capsys):
             assert torch.equal(sample["target"], data.target_pixels(target, 64))
 
 
+def test_pictures_of_one_subject_are_read_as_any_folder_of_pictures(tmp_path, capsys):
+    emoji.main(["subject", "dog face", str(tmp_path), "--n", "3", "--hue", "200"])
+    data.main(["folder", str(tmp_path)])
+    rows = TaskData([tmp_path / "data.jsonl"], prompter(), 64, 64)
+    assert rows.lines == 15 and rows.counts == {"t2i": 3, "reconstruct": 3, "segment": 3, "recover": 3, "subject": 6}
+    assert not any(rows[k]["problems"] for k in range(len(rows)))
+    assert "The dog face in" in rows[len(rows) - 1]["prompt"]
+    with pytest.raises(InputError, match="dog fac: no such emoji; there are .*dog"):
+        emoji.main(["subject", "dog fac", str(tmp_path)])
+
+
 def test_commands_and_their_errors(tmp_path, monkeypatch, capsys):
     emoji.main(["look", "--n", "1", "--out", str(tmp_path / "look.png")])
     assert data.open_image(tmp_path / "look.png").width > 1000
