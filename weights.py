@@ -39,6 +39,7 @@ HUB = {     # name for --weights: the public files it is made of, as (repository
                      ("openai/clip-vit-large-patch14", "model.safetensors"),
                      ("google/flan-t5-xl", "model.safetensors.index.json"), ("google/flan-t5-xl", "tokenizer.json")),
 }
+BUNDLED = {"tiny": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}   # in the repository
 OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 PROJECTOR_NAMES = ((r"^fc", "cls_embedding.cap_proj.fc"), (r"^uncond$", "cls_embedding.uncond_embedding"))
 LAYOUTS = {  # kind of public file: rows of (our prefix, what the table of names expects there, table, public prefix)
@@ -205,7 +206,8 @@ def download(repo, name):
 
 
 def locate(weights):
-    """A folder, a name of HUB or a hub repository -> list of local files."""
+    """A folder, a name of BUNDLED or HUB, or a hub repository -> list of local files."""
+    weights = BUNDLED.get(weights, weights)
     if os.path.isdir(weights):
         names = sorted(os.listdir(weights))
         sharded = any(name.endswith(".index.json") for name in names)
@@ -214,7 +216,7 @@ def locate(weights):
         return [os.path.join(weights, name) for name in wanted]
     if weights not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
         raise InputError(f"{weights}: no such folder of weights; name a folder, a hub repository (owner/name), or one "
-                         f"of random, {', '.join(HUB)}")
+                         f"of random, {', '.join([*BUNDLED, *HUB])}")
     paths = []
     for repo, name in HUB.get(weights) or [(weights, name) for name in OWN_FILES]:
         paths.append(download(repo, name))
@@ -229,8 +231,8 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
          t5_decoder=False, log=print):
     """Reads a whole model; raises InputError unless every tensor is there and fits.
 
-    weights: "random", "random-XL" (any row of SIZES), a name of HUB, a hub repository, or a folder that holds either
-    a saved model or public files under any names. config: instead of what the files say; prefix_rope, prefix_tokens:
+    weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
+    holds either a saved model or public files under any names. config: instead of what the files say; prefix_rope, prefix_tokens:
     override it. t5_decoder: also T5's captioning half. log: takes one line of news.
     """
     weights = str(weights)
@@ -326,12 +328,14 @@ def main(argv=None):
     """The command line of this file: converts weights once."""
     parser = argparse.ArgumentParser(description="Convert weights to a folder of safetensors.")
     parser.add_argument("command", choices=["convert"])
-    parser.add_argument("weights", help=f"a folder, a hub repository, or one of {', '.join(HUB)}")
+    parser.add_argument("weights", help=f"a folder, a hub repository, or one of {', '.join([*BUNDLED, *HUB])}")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="how the prefix is rotated; default: as trained")
+    parser.add_argument("--half", action="store_true", help="fp16 on disk: half the size; still computed in fp32")
     args = parser.parse_args(argv)
     model = load(args.weights, prefix_rope=args.prefix_rope)
-    model.save_pretrained(args.out)
+    state = model.state_dict()
+    model.save_pretrained(args.out, {name: t.half() for name, t in state.items()} if args.half else state)
     print(f"wrote {args.out} ({sum(p.numel() for p in model.parameters()) / 1e6:,.0f} M parameters)")
 
 

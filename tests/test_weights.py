@@ -130,6 +130,12 @@ def test_conversion_writes_a_folder_that_holds_the_same_model(tmp_path, monkeypa
     monkeypatch.setattr(weights, "public_config", lambda files: TINY)
     weights.main(["convert", folder, str(tmp_path / "out")])
     assert same(model, Mentor.from_pretrained(tmp_path / "out")) and "wrote" in capsys.readouterr().out
+    weights.main(["convert", folder, str(tmp_path / "half"), "--half"])
+    half, full = Mentor.from_pretrained(tmp_path / "half").state_dict(), model.state_dict()
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, full[name].half().float())
+    sizes = [os.path.getsize(tmp_path / name / "model.safetensors") for name in ("half", "out")]
+    assert sizes[0] < 0.6 * sizes[1]
 
 
 def test_the_published_size_is_recognised_from_the_files():
