@@ -206,6 +206,7 @@ def test_naming_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
 @pytest.mark.gradients
 def test_pretraining_names_tokens_where_they_are_aligned_and_writes_them_where_they_are_not():
     model = Mentor(replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16)).eval()
+    torch.nn.init.normal_(model.decoder.output.weight)         # zero at first, which would see no difference
     objective = train.PretrainObjective(model, None)
     ids = torch.tensor([[TINY.image_id] * 4 + [7, 8], [7, 8, 9, 0, 0, 0], [TINY.image_id] * 4 + [9, 0]])
     batch = {"ids": ids, "mask": ids > 0, "refs": torch.randn(2, 3, 56, 56), "tokens": torch.randint(64, (3, 16)),
