@@ -3,17 +3,22 @@
 MENTOR_GOLDEN=folder runs the same tests against another folder of goldens (other salt);
 MENTOR_PHOTOS, MENTOR_TOKENIZERS and MENTOR_MANIFESTS name material that is too large for the repository.
 """
+import http.server
 import importlib.util
 import json
 import os
 import pathlib
+import threading
+import time
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 import weights
-from encoder import T5Config, TextConfig, VisionConfig
+from encoder import CLIP_NAMES, DINO_NAMES, Clip, Dino, T5Config, TextConfig, VisionConfig
 from model import DecoderConfig, MentorConfig, Sampling, size_config
 from vqgan import VQConfig
 
@@ -102,3 +107,61 @@ def no_gradients(request):
     """Gradients off, but for tests of training."""
     with torch.set_grad_enabled(request.node.get_closest_marker("gradients") is not None):
         yield
+
+
+@pytest.fixture
+def endpoint():
+    """A local server that answers as `endpoint.script` says, in order, the last one for ever."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.seen.append((self.path, self.headers.get("Authorization"), body))
+            answer = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+            if answer == "slow":
+                time.sleep(1.5)
+                answer = "Score: 1"
+            status = answer if isinstance(answer, int) else 200
+            content = {"choices": [{"message": {"content": answer}}]} if isinstance(answer, str) else answer
+            try:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(b"<html>" if answer == 200 else json.dumps(content).encode())
+            except OSError:
+                pass                                           # gone, as one does who was let wait
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.seen, server.script = [], []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def public(module, table):
+    """Stand-in weights under their public names."""
+    return filler.fill({weights.public_name(name, table): tensor for name, tensor in module.state_dict().items()}, 0)
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory):
+    """Folders of a small CLIP, whose vocabulary is the single bytes, and a small DINO. -> flags"""
+    folder = tmp_path_factory.mktemp("networks")
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vision = vision_config(dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
+                                image_size=56, patch_size=14))
+    text = text_config(dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
+                            vocab_size=len(words), max_position_embeddings=40, eos_token_id=len(words) - 1))
+    for name in ("clip", "dino"):
+        (folder / name).mkdir()
+    (folder / "clip" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "clip" / "merges.txt").write_text("#version: 0.2\n")
+    clip = public(Clip(vision, text, 48), CLIP_NAMES)
+    clip["vision_model.embeddings.position_ids"] = torch.arange(17)               # older files hold these too
+    torch.save(clip, folder / "clip" / "pytorch_model.bin")
+    save_file(public(Dino(32, 64, 2, 1), DINO_NAMES), folder / "dino" / "model.safetensors")
+    return ["--clip", str(folder / "clip"), "--dino", str(folder / "dino")]

@@ -1,73 +1,216 @@
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import close
+from conftest import material
+from PIL import Image
 
 import eval as evaluation
-import sprites
 from data import InputError
-from emoji import EmojiData
 from model import Mentor
 
-
-def true_samples(task="t2i", n=6):
-    world = EmojiData(evaluation.plain_prompter(), weights={task: 1}, seed=5, held_out=True, extras=False)
-    return [world[k] for k in range(n)]
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-class Oracle(torch.nn.Module):
-    """A judge that knows the truth, `wrong` degrees off in hue."""
-
-    def __init__(self, metas, wrong=0.0):
-        super().__init__()
-        self.scene, self.subject, hue = evaluation.truth(metas)
-        self.hue = hue + wrong / 57.29578
-
-    def forward(self, pixels):
-        one_hot = torch.nn.functional.one_hot
-        return (one_hot(self.scene, 30).float(), one_hot(self.subject, len(sprites.subjects())).float(),
-                torch.stack([self.hue.cos(), self.hue.sin()], dim=1) * 3)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder of a small model with random weights."""
+    folder = tmp_path_factory.mktemp("small") / "tiny"
+    Mentor.from_pretrained("random-tiny").save_pretrained(folder)
+    return str(folder)
 
 
-def test_the_verdict_is_right_for_the_truth_and_wrong_for_another_hue_scene_or_subject():
-    metas = [sample["meta"] for sample in true_samples()]
-    scores = evaluation.verdict(Oracle(metas), None, metas)
-    assert all((value == 1).all() for value in scores.values())
-    assert (evaluation.verdict(Oracle(metas, 44), None, metas)["hue"] == 1).all()
-    assert (evaluation.verdict(Oracle(metas, -46), None, metas)["hue"] == 0).all()
-    other = [{**meta, "scene": "snow" if meta["scene"] != "snow" else "beach"} for meta in metas]
-    assert (evaluation.verdict(Oracle(metas), None, other)["scene"] == 0).all()
-    held_out = [i for i, subject in enumerate(sprites.subjects()) if subject.held_out]
-    other = [{**meta, "subject": held_out[held_out.index(meta["subject"]) - 7]} for meta in metas]
-    assert (evaluation.verdict(Oracle(metas), None, other)["subject"] == 0).all()
+def picture(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(len(str(colour))).integers(0, 60, (70, 90, 3))
+    Image.fromarray((np.array(Image.new("RGB", (90, 70), colour)) // 2 + noise).astype(np.uint8)).save(path)
 
 
-def test_segmentation_and_reconstruction_scores_are_perfect_for_the_truth_only():
-    samples = true_samples("segment")
-    true, metas = torch.stack([s["target"] for s in samples]), [s["meta"] for s in samples]
-    assert (evaluation.iou(true, metas) > 0.85).all()          # dark parts of a subject count as background
-    assert (evaluation.iou(torch.ones_like(true), metas) < 0.5).all()
-    close(evaluation.decibels(true * 0 + 0.2, true * 0), torch.full((6,), 20.0), 1e-3)
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
 
+def test_the_discrepancy_of_two_sets_is_0_for_equal_ones_and_known_for_two_points():
+    a = torch.nn.functional.normalize(torch.randn(50, 16), dim=-1)
+    assert abs(evaluation.mmd(a, a.flip(0))) < 1e-12
+    east, west = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
+    assert abs(1000 * evaluation.mmd(east, west) - 2000 * (1 - np.exp(-4 / 200))) < 1e-9
+
+
+PROMPTS = """Classes
+
+subject_name,class
+ball,toy
+rex,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} on the beach'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in a chef outfit'.format(unique_token, class_token)
+]
+"""
+
+
+def dreambench_folder(folder):
+    for subject, colours in {"ball": ["red", "blue"], "rex": ["brown"]}.items():
+        for i, colour in enumerate(colours):
+            picture(folder / subject / f"{i:02}.jpg", colour)
+    (folder / "prompts_and_classes.txt").write_text(PROMPTS)
+    return str(folder)
+
+
+def read(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_dreambench_scores_every_prompt_and_two_processes_finish_what_one_began(tmp_path, networks, small):
+    folder = dreambench_folder(tmp_path / "bench")
+    flags = ["dreambench", "--weights", small, "--data", folder, *networks, "--samples", "2", "--batch", "3"]
+    flags += ["--device", "cpu"]
+    evaluation.main([*flags, "--out", str(tmp_path / "one")])
+    settings, *rows = read(tmp_path / "one")
+    assert settings["cfg_scale"] == 3.0 and settings["size"] == 64
+    assert {row["prompt"] for row in rows} == {
+        "The toy in <image>.\na toy on the beach", "The toy in <image>.\na red toy",
+        "The dog in <image>.\na dog in a chef outfit"}
+    assert len(rows) == 6 and all(-1 <= row[name] <= 1 for row in rows for name in ("clip_i", "clip_t", "dino"))
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())["scores"]
+    assert set(summary) == {"ball", "rex", "all"}
+    assert abs(summary["all"]["dino"] - sum(row["dino"] for row in rows) / 6) < 1e-9
+    assert (tmp_path / "one" / "sheet.png").exists() and len(list((tmp_path / "one").glob("*-*-*-*.png"))) == 6
+    # killed in the middle of its third line, the second's picture lost; then finished by two processes
+    (tmp_path / "two").mkdir()
+    shutil.copy(tmp_path / "one" / f"{rows[0]['key']}.png", tmp_path / "two")
+    lines = (tmp_path / "one" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "two" / "results.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                    "--rdzv_endpoint=localhost:0", "eval.py", *flags, "--out", str(tmp_path / "two")], cwd=ROOT,
+                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert len(read(tmp_path / "two")) == 3 + 5
+    again = {row["key"]: row for row in read(tmp_path / "two")[1:]}
+    for row in rows:
+        assert again[row["key"]] == pytest.approx(row, abs=1e-4)
+    with pytest.raises(InputError, match="another seed"):
+        evaluation.main([*flags, "--seed", "5", "--out", str(tmp_path / "one")])
+
+
+def test_dreambench_reads_the_published_prompts_and_photographs():
+    photos = material("MENTOR_PHOTOS", "photos")
+    args = evaluation.parse(["dreambench", "--data", str(photos), "--samples", "1", "--refs", "all"])
+    units = evaluation.dreambench_units(args)
+    prompts = {}
+    for unit in units:
+        prompts.setdefault(unit.group, set()).add(unit.prompt)
+    assert all(len(found) == 25 for found in prompts.values()) and "a dog wearing a red hat" in prompts["dog"]
+    assert "a bowl floating in an ocean of milk" in prompts["berry_bowl"]
+    assert len({unit.key for unit in units}) == len({unit.seed for unit in units}) == len(units)
+
+
+def test_dreambench_plus_asks_for_concept_preservation_and_prompt_following(tmp_path, networks, small, endpoint,
+                                                                            capsys):
+    for category, subject in {"object": "ball", "live/animal": "dog"}.items():
+        picture(tmp_path / "bench" / "images" / category / "00.jpg", "green")
+        caption = tmp_path / "bench" / "captions" / category / "00.txt"
+        caption.parent.mkdir(parents=True)
+        caption.write_text(f"{subject}\na {subject} in the snow\n")
+    flags = ["dreambench++", "--weights", small, "--data", str(tmp_path / "bench"), *networks, "--samples", "1", "--device",
+             "cpu", "--judge-url", endpoint.url, "--judge-model", "eyes", "--out", str(tmp_path / "out")]
+    endpoint.script[:] = ["Score: 4", "Score: 2", "Score: 2", "Score: 3"]
+    evaluation.main(flags)
+    scores = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]
+    assert scores["live/animal"]["CP"] == 1.0 and scores["live/animal"]["PF"] == 0.5
+    assert scores["all"]["CP"] == 0.75 and scores["all"]["PF"] == 0.625
+    assert scores["all"]["CP*PF"] == pytest.approx(0.46875) and scores["all"]["CP/PF"] == pytest.approx(1.2)
+    assert "asked again 0 times" in capsys.readouterr().out
+    seen = len(endpoint.seen)
+    evaluation.main(flags)                                     # all is done: nobody is asked
+    assert len(endpoint.seen) == seen
+    with pytest.raises(InputError, match="go together"):
+        evaluation.main(flags[:-4])
+
+
+def test_reconstruction_and_cmmd_print_their_numbers(tmp_path, networks, small, capsys):
+    for i, colour in enumerate(["red", "green", "blue"]):
+        picture(tmp_path / "a" / f"{i}.png", colour)
+        picture(tmp_path / "b" / f"{i}.png", "grey" if i else "red")
+    evaluation.main(["reconstruct", "--weights", small, "--data", str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out" / "reconstruct.json").read_text())
+    assert len(record["pictures"]) == 3 and 0 < record["l2_ceiling"] < 2 and 0 < record["l2"] < 2
+    capsys.readouterr()
+    values = []
+    for other in ("a", "b"):
+        evaluation.main(["cmmd", str(tmp_path / "a"), str(tmp_path / other), *networks[:2], "--device", "cpu"])
+        values.append(float(capsys.readouterr().out.split()[1]))
+    assert abs(values[0]) < 1e-3 < values[1]
+
+
+def test_bad_folders_are_one_clear_sentence(tmp_path, networks, small):
+    (tmp_path / "empty").mkdir()
+    for flags, said in (
+            (["dreambench", "--data", str(tmp_path)], "prompts_and_classes.txt: not readable"),
+            (["dreambench++", "--data", str(tmp_path)], "holds no subjects with pictures"),
+            (["reconstruct", "--data", str(tmp_path / "empty")], "no folder with pictures"),
+            (["cmmd", str(tmp_path), str(tmp_path), "--clip", str(tmp_path / "empty")], "holds no weights"),
+            (["cmmd", str(tmp_path), str(tmp_path), "--clip", networks[3]], "holds no CLIP"),
+            (["cmmd", str(tmp_path), str(tmp_path), *networks[:2]], "no folder with pictures; name two")):
+        flags += ["--weights", small, "--out", str(tmp_path / "out")] if flags[0] != "cmmd" else []
+        with pytest.raises(InputError, match=said):
+            evaluation.main([*flags, *(networks if flags[0].startswith("dream") else []), "--device", "cpu"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The emoji world
 
 @pytest.mark.gradients
-def test_a_trained_judge_and_a_small_model_give_a_record_and_a_sheet(tmp_path, capsys):
+def test_a_trained_judge_and_a_small_model_give_a_record_and_a_sheet(tmp_path, small, capsys):
     path = tmp_path / "judge.safetensors"
     with pytest.raises(InputError, match="no judge yet"):
         evaluation.main(["world", "--weights", "random", "--judge", str(path)])
     evaluation.main(["judge", "--steps", "3", "--batch", "8", "--out", str(path)])
     with pytest.raises(InputError, match="not the emoji world's 64"):
         evaluation.main(["world", "--weights", "random", "--judge", str(path)])
-    Mentor.random("tiny").save_pretrained(tmp_path / "tiny")
-    command = ["world", "--weights", str(tmp_path / "tiny"), "--judge", str(path), "--n", "6", "--batch", "4",
-               "--show", "4"]
+    command = ["world", "--weights", small, "--judge", str(path), "--samples", "6", "--batch", "4", "--show", "4"]
     records = []
     for name in ("a", "b"):
         evaluation.main([*command, "--out", str(tmp_path / name)])
         assert (tmp_path / name / "world.png").exists()
         records.append(json.loads((tmp_path / name / "world.json").read_text()))
     assert records[0] == records[1]                            # a function of weights and seed
-    assert set(records[0]["subject"]) >= {"scene", "subject", "hue", "scene_ceiling"}
-    assert "iou" in records[0]["segment"] and "psnr_ceiling" in records[0]["reconstruct"]
+    assert set(records[0]["subject"]) >= {"scene", "subject", "hue", "scene_ceiling", "cp", "pf", "cp*pf", "cp/pf"}
+    assert "iou" in records[0]["segment"] and set(records[0]["reconstruct"]) >= {"psnr_ceiling", "l2"}
     assert "judge on true pictures" in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.gradients
+def test_the_ablation_trains_every_variant_shares_stage_1_and_can_be_started_again(tmp_path, small, capfd):
+    path = tmp_path / "judge.safetensors"
+    evaluation.main(["judge", "--steps", "1", "--batch", "4", "--out", str(path)])
+    flags = ["ablation", "--init", small, "--judge", str(path), "--steps", "3", "--seeds", "1", "--samples", "2", "--show",
+             "2", "--out", str(tmp_path / "out")]
+    evaluation.main(flags)
+    folders = {entry.name for entry in os.scandir(tmp_path / "out") if entry.is_dir()}
+    assert folders == {"seed0_1", "seed0_1_2", "seed0_none_2", "seed0_1-segment", "seed0_1-segment_2",
+                       "seed0_1_2-recover", "seed0_1_2-segment", "seed0_1_2-t2i"}
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert [row["variant"] for row in record["rows"]] == list(evaluation.VARIANTS)
+    steps = {name: len((tmp_path / "out" / name / "log.jsonl").read_text().splitlines()) for name in folders}
+    assert steps["seed0_1"] == 1 and steps["seed0_1_2"] == 2 and steps["seed0_none_2"] == 3
+    capfd.readouterr()
+    evaluation.main(flags)
+    printed = capfd.readouterr().out
+    assert "steps ->" not in printed and "0.555, 0.839, 0.466" in printed
