@@ -232,8 +232,8 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
     """Reads a whole model; raises InputError unless every tensor is there and fits.
 
     weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
-    holds either a saved model or public files under any names. config: instead of what the files say; prefix_rope, prefix_tokens:
-    override it. t5_decoder: also T5's captioning half. log: takes one line of news.
+    holds either a saved model or public files under any names. config: instead of what the files say; prefix_rope,
+    prefix_tokens: override it. t5_decoder: also T5's captioning half. log: takes one line of news.
     """
     weights = str(weights)
     if re.fullmatch(r"random(-\w+)?", weights):
