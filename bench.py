@@ -142,6 +142,8 @@ def decode(args, device, dtype):
     """Prefill, then decoding steps at several lengths; guidance doubles the sequences."""
     config, rows = size_config(args.size).decoder, []
     decoder, grid = built(lambda: Decoder(config), device, dtype), args.pixels // 16
+    if args.compile:
+        decoder.compile_blocks()
     sequences = args.batch * (2 if args.guidance else 1)
     prefix = some_prefix(config, sequences, args.prefix, device, dtype)
     seconds = clock(lambda: decoder.prefill(prefix, grid), device, most=3)
@@ -152,6 +154,7 @@ def decode(args, device, dtype):
     for length in sorted({args.prefix, (args.prefix + total) // 2, total - 1}):
         def step():
             cache.length = length
+            cache.at.fill_(length)
             decoder.decode_step(token, cache, rope)
         rows.append({"what": f"token at position {length}", "seconds": clock(step, device), "tokens": args.batch,
                      "bytes": decode_bytes(config, sequences, length + 1, dtype.itemsize),
@@ -179,8 +182,7 @@ def train(args, device, dtype):
                                                                    device=device),
              "refs": torch.randn(args.batch, 3, config.vision.image_size, config.vision.image_size, device=device)}
     if args.compile:
-        for block in [*mentor.decoder.layers, *mentor.encoder.t5.encoder.blocks]:
-            block.compile()
+        mentor.decoder.compile_blocks()
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -273,7 +275,7 @@ def parse(argv):
     parser.add_argument("--prefix", type=int, default=512, help="rows of the prefix (default 512)")
     parser.add_argument("--pixels", type=int, help="a side; default: 256 for train and vqgan, else 512")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="train's blocks")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks of the decoder")
     parser.add_argument("--samples", type=int, default=256, help="of loader (default 256)")
     parser.add_argument("--device", help="default: cuda, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, else fp32")

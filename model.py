@@ -39,6 +39,9 @@ SIZES = {           # layers, heads, width of the decoder; parameters with 16,38
     "3B": (24, 32, 3200),      # 3.1 B
 }
 
+STRIDE = 256       # positions by which the part of the cache that is read grows on a GPU
+FEW = 8            # rows up to which a product on a CPU is better done another way
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -120,7 +123,7 @@ def size_config(size):
             t5=T5Config(width=192, layers=3, heads=6, head_dim=32, mlp=512, vocab_size=1540, dropout=0.0),
             decoder=replace(decoder, multiple_of=64, codes=512, dropout=0.0, prefix_rope="grid", rope_base=100.0),
             vqgan=VQConfig(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent=64, codes=512),
-            prefix_tokens=96, image_size=64, image_id=1536,
+            prefix_tokens=128, image_size=64, image_id=1536,
             sampling=Sampling(cfg_scale=3.0, top_k=512, top_p=0.9))
     if size != "toy":
         return MentorConfig(decoder=decoder)
@@ -190,20 +193,51 @@ def additive(attend, dtype):
 
 
 class KVCache:
-    """Keys and values of all positions of one batch, allocated once: the final length is known."""
+    """Keys and values of all positions of one batch, allocated once: the final length is known.
+
+    A step writes at the position `at` and reads up to `reach`. Nothing in it depends on a number that Python holds but
+    `reach`, so that on a GPU one captured graph serves all steps of the same reach, which there grows in strides; the
+    mask hides what is not written yet.
+    """
 
     def __init__(self, config, prefix, grid):
-        batch, length = len(prefix.rows), prefix.rows.size(1) + grid * grid
-        self.kv = prefix.rows.new_zeros(config.layers, 2, batch, config.heads, length, config.head_dim)
-        self.mask = additive(F.pad(prefix.valid, (0, grid * grid), value=True), prefix.rows.dtype)[:, None, None]
-        self.length = 0            # positions filled so far
+        batch, rows = prefix.valid.shape
+        self.length, self.total = 0, rows + grid * grid        # positions filled so far, and in the end
+        self.kv = prefix.rows.new_zeros(config.layers, 2, batch, config.heads, self.total, config.head_dim)
+        attend = F.pad(prefix.valid, (0, grid * grid), value=False)
+        self.mask = additive(attend, prefix.rows.dtype)[:, None, None]                    # (B, 1, 1, S + T)
+        self.at = torch.full((1,), rows, device=prefix.rows.device)
 
-    def append(self, layer, k, v):
-        """Writes (B, H, l, hd) behind what is there and returns the layer's keys and values up to there."""
-        end = self.length + k.size(2)
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, :, :, :, :end]                                              # (2, B, H, end, hd)
+    @property
+    def reach(self):
+        """How many positions the next step reads."""
+        stride = STRIDE if self.kv.is_cuda else 1
+        return min(-(-(self.length + 1) // stride) * stride, self.total)
+
+
+def few_rows(x, weight):
+    """x @ weight.T as sums that a compiler turns into one loop over the weight. (n, in), (out, in) -> (n, out)"""
+    if weight.size(1) <= 2048:
+        return torch.stack([(weight * row).sum(dim=-1) for row in x])
+    # rows of x so long do not stay in the nearest cache, so four rows of the weight share one reading of them
+    quads = weight.unflatten(0, (-1, 4)).unbind(dim=1)
+    return torch.stack([torch.stack([(quad * row).sum(dim=-1) for quad in quads], dim=-1).flatten() for row in x])
+
+
+class Linear(nn.Linear):
+    """A product without bias. With a few rows its time is that of reading the weight, which on a CPU the ordinary
+    product does at a fifth of the memory's speed, with the weight at the left at half, and compiled sums at most."""
+
+    def __init__(self, rows, columns):
+        super().__init__(rows, columns, bias=False)
+
+    def forward(self, x):
+        rows = x.numel() // x.size(-1)
+        if x.device.type != "cpu" or rows > FEW:
+            return F.linear(x, self.weight)
+        flat = x.reshape(rows, -1)                                                        # (n, in)
+        y = few_rows(flat, self.weight) if torch.compiler.is_compiling() else (self.weight @ flat.t()).t()
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -212,16 +246,19 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
-        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.wqkv = Linear(config.width, 3 * config.width)
+        self.wo = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, mask, cache=None, layer=None):
-        """x: (B, L, D); rope: the table of these positions; mask: (B, 1, L, keys), added to scores. -> (B, L, D)"""
+    def forward(self, x, rope, mask, kv=None, at=None):
+        """x: (B, L, D); rope: the table of these positions; mask: (B, 1, L, keys), added to scores. -> (B, L, D)
+
+        kv: (2, B, H, keys, hd), the layer's cache, written at the positions `at` (L,), then read.
+        """
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, hd)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
+        if kv is not None:
+            k, v = kv.index_copy_(3, at, torch.stack([k, v]))                             # each (B, H, keys, hd)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                       # (B, H, L, hd)
         return self.dropout(self.wo(y.transpose(1, 2).flatten(-2)))                       # (B, L, D)
 
@@ -231,9 +268,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.w1 = nn.Linear(config.width, config.hidden, bias=False)
-        self.w3 = nn.Linear(config.width, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.hidden, config.width, bias=False)
+        self.w1 = Linear(config.width, config.hidden)
+        self.w3 = Linear(config.width, config.hidden)
+        self.w2 = Linear(config.hidden, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -248,8 +285,8 @@ class Block(nn.Module):
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
         self.attention_norm, self.ffn_norm = RMSNorm(config.width, eps=1e-5), RMSNorm(config.width, eps=1e-5)
 
-    def forward(self, x, rope, mask, cache=None, layer=None):
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
+    def forward(self, x, rope, mask, kv=None, at=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, kv, at)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -263,7 +300,12 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, eps=1e-5)
-        self.output = nn.Linear(config.width, config.codes, bias=False)
+        self.output = Linear(config.width, config.codes)
+
+    def compile_blocks(self):
+        """Has the blocks compiled when they are first called, all of them as one. Needs a C++ compiler on a CPU."""
+        for layer in self.layers:
+            layer.compile()
 
     def rope(self, prefix, grid):
         """The rotary table of the whole sequence. -> (1 or B, S + T, head_dim / 2, 2)"""
@@ -290,20 +332,48 @@ class Decoder(nn.Module):
 
     def prefill(self, prefix, grid):
         """Reads the prefix into a new cache. -> logits of token 0 (B, V), cache, rotary table"""
-        cache, rope = KVCache(self.config, prefix, grid), self.rope(prefix, grid)
-        return self._cached(prefix.rows, rope, make_mask(prefix.valid, prefix.rows.dtype), cache), cache, rope
+        cache, rope, x = KVCache(self.config, prefix, grid), self.rope(prefix, grid), prefix.rows
+        rows, mask = x.size(1), make_mask(prefix.valid, x.dtype)
+        at = torch.arange(rows, device=x.device)
+        for layer, kv in zip(self.layers, cache.kv):           # not compiled, for it is done once
+            x = layer.forward(x, rope[:, :rows], mask, kv[..., :rows, :], at)
+        cache.length = rows
+        return self.output(self.norm(x[:, -1])), cache, rope                              # (B, V)
 
     def decode_step(self, token, cache, rope):
         """Feeds one token per sample, (B,). -> logits of the next (B, V)"""
         x = self.tok_embeddings(token).unsqueeze(1)                                       # (B, 1, D)
-        return self._cached(x, rope, cache.mask[..., :cache.length + 1], cache)
-
-    def _cached(self, x, rope, mask, cache):
-        rope = rope[:, cache.length:cache.length + x.size(1)]
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache, i)
-        cache.length += x.size(1)
+        rope, reach = rope.index_select(1, cache.at), cache.reach
+        mask = cache.mask.index_fill_(3, cache.at, 0)[..., :reach]                        # opens this position
+        for layer, kv in zip(self.layers, cache.kv):
+            x = layer(x, rope, mask, kv[..., :reach, :], cache.at)
+        cache.at += 1
+        cache.length += 1
         return self.output(self.norm(x[:, -1]))                                           # (B, V)
+
+
+class Graphs:
+    """Repeats a step as CUDA graphs, one for each reach of the cache, so that Python and launches cost nothing.
+
+    The first step of a reach runs as it is, which also warms up; the second is recorded; all further ones are replays.
+    """
+
+    def __init__(self, step, cache):
+        self.step, self.cache, self.graphs = step, cache, {}
+
+    def __call__(self):
+        reach = self.cache.reach
+        if reach not in self.graphs:
+            self.graphs[reach] = None
+            self.step()
+        elif self.graphs[reach] is None:
+            self.graphs[reach] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[reach]):
+                self.step()                                    # records, and counts, but computes nothing
+            self.graphs[reach].replay()
+        else:
+            self.graphs[reach].replay()
+            self.cache.length += 1
 
 
 def draw_tokens(logits, uniform, sampling):
@@ -405,16 +475,27 @@ class Mentor(nn.Module):
         uniform = torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(s)) for s in seeds])
         uniform = uniform.to(self.device)                                                 # (B, T)
         out = torch.empty(batch, count, dtype=torch.long, device=self.device)
+        token = out.new_zeros(len(prefix.rows))                # what the next step is fed
+        place = out.new_zeros(1)                               # of the token that is drawn next
         logits, cache, rope = self.decoder.prefill(prefix, grid)
-        for k in tqdm(range(count), desc="drawing", unit="token", disable=not progress, leave=False):
+
+        def draw(logits):
             logits = logits.float()
             if guided:
                 cond, uncond = logits.chunk(2)
                 logits = uncond + sampling.cfg_scale * (cond - uncond)                    # (B, V)
-            out[:, k] = draw_tokens(logits, uniform[:, k], sampling)
-            if k + 1 < count:
-                fed = out[:, k].repeat(2) if guided else out[:, k]
-                logits = self.decoder.decode_step(fed, cache, rope)
+            drawn = draw_tokens(logits, uniform.index_select(1, place).squeeze(1), sampling)
+            out.index_copy_(1, place, drawn[:, None])
+            token.copy_(drawn.repeat(len(token) // batch))
+            place.add_(1)
+
+        def step():
+            draw(self.decoder.decode_step(token, cache, rope))
+
+        draw(logits)
+        step = Graphs(step, cache) if out.is_cuda else step
+        for _ in tqdm(range(1, count), desc="drawing", unit="token", disable=not progress, leave=False):
+            step()
         return out
 
     @torch.inference_mode()

@@ -127,8 +127,8 @@ def test_dreambench_plus_asks_for_concept_preservation_and_prompt_following(tmp_
         caption = tmp_path / "bench" / "captions" / category / "00.txt"
         caption.parent.mkdir(parents=True)
         caption.write_text(f"{subject}\na {subject} in the snow\n")
-    flags = ["dreambench++", "--weights", small, "--data", str(tmp_path / "bench"), *networks, "--samples", "1", "--device",
-             "cpu", "--judge-url", endpoint.url, "--judge-model", "eyes", "--out", str(tmp_path / "out")]
+    flags = ["dreambench++", "--weights", small, "--data", str(tmp_path / "bench"), *networks, "--samples", "1",
+             "--device", "cpu", "--judge-url", endpoint.url, "--judge-model", "eyes", "--out", str(tmp_path / "out")]
     endpoint.script[:] = ["Score: 4", "Score: 2", "Score: 2", "Score: 3"]
     evaluation.main(flags)
     scores = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]
@@ -200,8 +200,8 @@ def test_a_trained_judge_and_a_small_model_give_a_record_and_a_sheet(tmp_path, s
 def test_the_ablation_trains_every_variant_shares_stage_1_and_can_be_started_again(tmp_path, small, capfd):
     path = tmp_path / "judge.safetensors"
     evaluation.main(["judge", "--steps", "1", "--batch", "4", "--out", str(path)])
-    flags = ["ablation", "--init", small, "--judge", str(path), "--steps", "3", "--seeds", "1", "--samples", "2", "--show",
-             "2", "--out", str(tmp_path / "out")]
+    flags = ["ablation", "--init", small, "--judge", str(path), "--steps", "3", "--seeds", "1", "--samples", "2",
+             "--show", "2", "--out", str(tmp_path / "out")]
     evaluation.main(flags)
     folders = {entry.name for entry in os.scandir(tmp_path / "out") if entry.is_dir()}
     assert folders == {"seed0_1", "seed0_1_2", "seed0_none_2", "seed0_1-segment", "seed0_1-segment_2",

@@ -1,3 +1,5 @@
+import contextlib
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 from conftest import TINY, Golden, close, decoder_config, t5_config, vision_config
 from PIL import Image
 
+import model as model_file
 import weights
 from data import InputError, byte_tokenizer
 from model import SIZES, Decoder, Mentor, MentorConfig, Prefix, Sampling, draw_tokens, left_pad, make_mask, size_config
@@ -96,6 +99,75 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(prefix_rope):
         close(logits, full[:, k], 1e-5)
         logits = model.decoder.decode_step(tokens[:, k], cache, rope)
     close(logits, full[:, 36], 1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_the_fast_products_and_a_long_reach_draw_the_tokens_of_the_plain_loop(monkeypatch, batch):
+    model = tiny()
+    prefix, drawn = random_prefix([20, 9, 20, 14, 11][:batch]), []
+    for few, stride in ((0, 1), (model_file.FEW, 1), (model_file.FEW, 16)):
+        monkeypatch.setattr(model_file, "FEW", few)            # 0: the ordinary product everywhere
+        reach = property(lambda cache, stride=stride: min(-(-(cache.length + 1) // stride) * stride, cache.total))
+        monkeypatch.setattr(model_file.KVCache, "reach", reach)
+        for sampling in (Sampling(3.0, 0, 64), Sampling(1.0, 1.0, 20, 0.9)):
+            drawn.append(model.generate(prefix, range(batch), sampling))
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[0], drawn[4])
+    assert torch.equal(drawn[1], drawn[3]) and torch.equal(drawn[1], drawn[5])
+    assert drawn[0].unique().numel() > 3
+
+
+@pytest.mark.full
+def test_compiled_blocks_draw_the_tokens_of_the_plain_loop():
+    if not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("there is no C++ compiler; install g++ to compile blocks on a CPU")
+    model = tiny(multiple_of=2112)                             # so that both ways of summing are met
+    prefix, sampling = random_prefix([20, 9]), Sampling(3.0, 0, 64)
+    plain = model.generate(prefix, [0, 1], sampling)
+    model.decoder.compile_blocks()
+    assert torch.equal(model.generate(prefix, [0, 1], sampling), plain)
+
+
+def test_steps_recorded_as_graphs_do_what_steps_do(monkeypatch):
+    """Stand-ins for CUDA graphs: recording computes nothing, a replay computes without Python's counting."""
+    model = tiny()
+    prefix, tokens = random_prefix([20, 9]), torch.randint(64, (2, 36))
+    used = {"recorded": 0, "replayed": 0}
+
+    def logits_of(make):
+        logits, cache, rope = model.decoder.prefill(prefix, 6)
+        out, place = torch.zeros(36, *logits.shape), torch.zeros(1, dtype=torch.long)
+        state = [cache.kv, cache.mask, cache.at, out, place]
+
+        def step():
+            token = tokens.index_select(1, place).squeeze(1)
+            out.index_copy_(0, place, model.decoder.decode_step(token, cache, rope)[None])
+            place.add_(1)
+
+        class Graph:
+            def replay(self):
+                length, used["replayed"] = cache.length, used["replayed"] + 1
+                step()
+                cache.length = length
+
+        @contextlib.contextmanager
+        def record(graph):
+            before, used["recorded"] = [part.clone() for part in state], used["recorded"] + 1
+            yield
+            for part, old in zip(state, before):
+                part.copy_(old)
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", record)
+        run = make(step, cache)
+        for _ in range(36):
+            run()
+        return out
+
+    plain = logits_of(lambda step, cache: step)
+    monkeypatch.setattr(model_file.KVCache, "reach",
+                        property(lambda cache: min(-(-(cache.length + 1) // 16) * 16, cache.total)))
+    close(logits_of(model_file.Graphs), plain, 1e-5)
+    assert used == {"recorded": 3, "replayed": 33}             # three strides, each begun with a plain step
 
 
 def test_the_three_prefix_rotations_differ_in_what_they_compute():
