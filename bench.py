@@ -5,6 +5,7 @@
     python bench.py encode                   # CLIP and T5, the prompt's way to the prefix
     python bench.py vqgan                    # pictures to tokens and back
     python bench.py loader                   # samples a second that one worker reads from JPEGs
+    python bench.py memory                   # what a picture of the full size takes, by formula
 
 Every table counts bytes or operations by formula and holds them against a ceiling measured in the same run: a large
 read for what waits for memory, a large matrix product for what waits for arithmetic. Weights are random, sizes real.
@@ -248,6 +249,24 @@ def loader(args, device, dtype):
     return [{"what": f"{args.samples} samples of {args.pixels} px", "seconds": seconds, "samples": args.samples}]
 
 
+def memory(args, device, dtype):
+    """GiB that one picture takes, by formula: weights and cache; activations come on top, a few hundred MiB."""
+    config, rows = size_config(args.size), []
+    with torch.device("meta"):
+        mentor = Mentor(config)
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+    positions = args.prefix + (args.pixels // 16)**2
+    cache = 2 * config.decoder.layers * positions * config.decoder.width * args.batch * (2 if args.guidance else 1)
+    for name, kind in DTYPES.items():
+        encoder = count(mentor.encoder) * (4 if name == "fp16" else kind.itemsize)         # T5 overflows in fp16
+        drawing = (count(mentor.decoder) + count(mentor.projector) + cache) * kind.itemsize + 4 * count(mentor.vqgan)
+        for what, total in (("", encoder + drawing), (" --offload", max(encoder, drawing))):
+            fits = [f"{card} GB" for card in (8, 12, 16, 24) if total + 0.75 * 2**30 < card * 1e9]
+            rows.append({"what": f"--dtype {name}{what}", "gib": total / 2**30, "fits": fits})
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -269,7 +288,7 @@ def report(rows, ceilings):
 def parse(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["decode", "train", "encode", "vqgan", "loader"])
+    parser.add_argument("command", choices=["decode", "train", "encode", "vqgan", "loader", "memory"])
     parser.add_argument("--size", choices=SIZES, help="default: B for train, else XL")
     parser.add_argument("--batch", type=int, help="pictures; default: 4 for train, 16 for loader, else 1")
     parser.add_argument("--prefix", type=int, default=512, help="rows of the prefix (default 512)")
@@ -296,6 +315,10 @@ def main(argv=None):
     """The command line."""
     args = parse(argv)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    if args.command == "memory":
+        for row in memory(args, device, dtype):
+            print(f"{row['what']:22}{row['gib']:6.1f} GiB   cards: {', '.join(row['fits']) or 'none of up to 24 GB'}")
+        return
     ceilings = {"read": read_rate(device), "product": product_rate(device, dtype)}
     rows = globals()[args.command](args, device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \

@@ -303,7 +303,9 @@ class Decoder(nn.Module):
         self.output = Linear(config.width, config.codes)
 
     def compile_blocks(self):
-        """Has the blocks compiled when they are first called, all of them as one. Needs a C++ compiler on a CPU."""
+        """Has the blocks compiled when they are first called, all of them as one; where no compiler is found, it goes on
+        without, and says so."""
+        torch._dynamo.config.suppress_errors = True
         for layer in self.layers:
             layer.compile()
 
@@ -419,8 +421,8 @@ class Mentor(nn.Module):
 
     @property
     def device(self):
-        """Where the decoder lives."""
-        return self.decoder.output.weight.device
+        """Where prompts are read and pictures are drawn."""
+        return self.projector.uncond.device
 
     @property
     def dtype(self):
@@ -499,12 +501,13 @@ class Mentor(nn.Module):
         return out
 
     @torch.inference_mode()
-    def draw(self, prompt, refs=(), seed=0, n=1, size=None, progress=False, **sampling):
+    def draw(self, prompt, refs=(), seed=0, n=1, size=None, progress=False, offload=False, **sampling):
         """Pictures of a prompt and reference pictures: the model in one call.
 
         prompt: as it stands where it contains `<image>`, once per reference, or where there are no references; else
         "The {file's name} in <image>." is put before it for each. refs: paths or PIL pictures. size: pixels a side.
-        sampling: fields of Sampling that differ from the weights' defaults. -> list of n PIL pictures
+        offload: CLIP and T5 give their memory back once they have read the prompt, so this is the model's last picture
+        unless they are loaded again. sampling: fields of Sampling that differ from the weights' defaults. -> list of n PIL pictures
         """
         size = self.check_size(size or self.config.image_size)
         if refs and "connector" in self.untrained:
@@ -519,6 +522,9 @@ class Mentor(nn.Module):
         pixels = [data.clip_pixels(picture, self.config.vision.image_size) for picture in pictures]
         pixels = torch.stack(pixels).to(self.device) if pixels else None                  # (K, 3, c, c)
         prefix = self.prefix(ids, mask, pixels)
+        if offload:
+            self.encoder.to("meta")
+            self.to_drawing(self.device)
         tokens = self.generate(prefix.repeat(n), range(seed, seed + n), replace(self.config.sampling, **sampling),
                                size // self.config.vqgan.factor, progress=progress)
         return [data.to_image(self.vqgan.decode(row[None])[0]) for row in tokens]
@@ -531,12 +537,20 @@ class Mentor(nn.Module):
                              f"not {size}")
         return size
 
-    def cast(self, device, dtype):
-        """Moves the model for drawing. fp16 leaves the encoder in fp32, T5 overflows; the VQGAN is always fp32."""
-        self.to(device)
-        self.encoder.to(torch.float32 if dtype == torch.float16 else dtype)
-        self.projector.to(dtype)
+    def cast(self, device, dtype, offload=False):
+        """Moves the model for drawing. fp16 leaves the encoder in fp32, T5 overflows; the VQGAN is always fp32.
+
+        offload: what draws stays behind until `draw` has the prefix and the encoder's room is free.
+        """
+        self.encoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
+        self.projector.to(device, dtype)
         self.decoder.to(dtype)
+        return self if offload else self.to_drawing(device)
+
+    def to_drawing(self, device):
+        """Moves what draws."""
+        self.decoder.to(device)
+        self.vqgan.to(device)
         return self
 
     @classmethod

@@ -228,12 +228,13 @@ def locate(weights):
 
 
 def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=None, prefix_tokens=None,
-         t5_decoder=False, log=print):
+         t5_decoder=False, offload=False, log=print):
     """Reads a whole model; raises InputError unless every tensor is there and fits.
 
     weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
     holds either a saved model or public files under any names. config: instead of what the files say; prefix_rope,
-    prefix_tokens: override it. t5_decoder: also T5's captioning half. log: takes one line of news.
+    prefix_tokens: override it. t5_decoder: also T5's captioning half. offload: see Mentor.cast. log: takes one
+    line of news.
     """
     weights = str(weights)
     if re.fullmatch(r"random(-\w+)?", weights):
@@ -243,14 +244,14 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
         model = Mentor.random(size, 0, t5_decoder, prefix_rope, prefix_tokens)
         generator = torch.Generator().manual_seed(0)         # the published start, zero, would draw without looking
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
-        return model.cast(device, dtype)
+        return model.cast(device, dtype, offload)
     paths = {os.path.basename(path): path for path in locate(weights)}
     tokenizer = data.load_tokenizer(paths["tokenizer.json"]) if "tokenizer.json" in paths else None
     if "config.json" in paths and "model.safetensors" in paths:
         model = load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder)
     else:
         model = load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder, log)
-    return model.cast(device, dtype).eval()
+    return model.cast(device, dtype, offload).eval()
 
 
 def config_from_dict(cls, values):

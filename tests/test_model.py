@@ -284,3 +284,11 @@ def test_draw_makes_pictures_from_paths_and_pictures(tmp_path):
 def test_senseless_sampling_settings_are_refused(wrong):
     with pytest.raises(InputError, match="must"):
         tiny().draw("x", **wrong)
+
+
+def test_offloading_draws_the_same_picture_with_less_in_memory():
+    picture = Image.new("RGB", (40, 40), "red")
+    plain = tiny().draw("a cat", [picture], seed=3)[0]
+    model = tiny()
+    assert model.draw("a cat", [picture], seed=3, offload=True)[0].tobytes() == plain.tobytes()
+    assert all(p.is_meta for p in model.encoder.parameters())
