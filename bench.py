@@ -1,7 +1,7 @@
 """Measures speed against what the machine could do.
 
     python bench.py decode                   # a token of decoder XL, one picture with guidance
-    python bench.py train --size B           # an optimizer step of stage 1
+    python bench.py train --size B           # an optimizer step of stage 2
     python bench.py encode                   # CLIP and T5, the prompt's way to the prefix
     python bench.py vqgan                    # pictures to tokens and back
     python bench.py loader                   # samples a second that one worker reads from JPEGs
@@ -28,7 +28,7 @@ import data
 from data import InputError
 from encoder import MultimodalEncoder
 from model import SIZES, Decoder, Mentor, Prefix, Sampling, draw_tokens, size_config
-from train import TokenObjective, make_optimizer, used_memory
+from train import STAGES, TokenObjective, freeze, make_optimizer, used_memory
 from vqgan import VQGAN
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,11 +70,12 @@ def clip_operations(config, pictures):
     return 2 * pictures * (tokens * (config.layers - 1) * block + patches)
 
 
-def train_operations(config, batch, prefix):
-    """Of a step of stage 1: T5 and CLIP forward, the decoder forward and, twice as dear, backward."""
+def train_operations(config, batch, prefix, stage):
+    """Of a step: CLIP forward, the decoder forward and, twice as dear, backward, T5 so only in stage 2."""
     length = prefix + config.grid**2 - 1
     decoder = decoder_operations(config.decoder, batch, length, length, config.grid**2)
-    return 3 * decoder + t5_operations(config.t5, batch, prefix) + clip_operations(config.vision, batch)
+    t5 = t5_operations(config.t5, batch, prefix)
+    return 3 * decoder + (3 if stage == "2" else 1) * t5 + clip_operations(config.vision, batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,14 +169,13 @@ def decode(args, device, dtype):
 
 
 def train(args, device, dtype):
-    """An optimizer step of stage 1 (projector and decoder train, T5 and CLIP do not), from ready tokens."""
+    """An optimizer step of a stage, from ready tokens."""
     config = replace(config_of(args), image_size=args.pixels, prefix_tokens=args.prefix)
     with torch.device("meta"):
         mentor = Mentor(config)
-    mentor = fill(mentor.to_empty(device=device))
-    mentor.projector.requires_grad_(True)
-    mentor.decoder.requires_grad_(True).train()
-    objective, optimizer = TokenObjective(mentor, args), make_optimizer(mentor, 1e-4)
+    objective = TokenObjective(fill(mentor.to_empty(device=device)), args)
+    freeze(objective, STAGES[args.stage].trains)
+    optimizer = make_optimizer(objective, 1e-4)
     patches = config.vision.grid**2
     ids = torch.full((args.batch, args.prefix), 5, device=device)
     ids[:, :patches] = config.image_id
@@ -191,8 +191,9 @@ def train(args, device, dtype):
         losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return [{"what": f"step of {args.batch} samples, {args.pixels} px", "seconds": clock(step, device, most=5),
-             "samples": args.batch, "operations": train_operations(config, args.batch, args.prefix)}]
+    return [{"what": f"stage {args.stage}, {args.batch} samples, {args.pixels} px", "samples": args.batch,
+             "seconds": clock(step, device, most=5),
+             "operations": train_operations(config, args.batch, args.prefix, args.stage)}]
 
 
 @torch.inference_mode()
@@ -294,7 +295,8 @@ def parse(argv):
     parser.add_argument("--prefix", type=int, default=512, help="rows of the prefix (default 512)")
     parser.add_argument("--pixels", type=int, help="a side; default: 256 for train and vqgan, else 512")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks of the decoder")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the decoder's blocks")
+    parser.add_argument("--stage", choices=["1", "2"], default="2", help="of train (default 2)")
     parser.add_argument("--samples", type=int, default=256, help="of loader (default 256)")
     parser.add_argument("--device", help="default: cuda, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, else fp32")

@@ -303,8 +303,8 @@ class Decoder(nn.Module):
         self.output = Linear(config.width, config.codes)
 
     def compile_blocks(self):
-        """Has the blocks compiled when they are first called, all of them as one; where no compiler is found, it goes on
-        without, and says so."""
+        """Has the blocks compiled when they are first called, all of them as one; where that fails, for want of a
+        compiler, it goes on without and says so."""
         torch._dynamo.config.suppress_errors = True
         for layer in self.layers:
             layer.compile()
@@ -507,7 +507,8 @@ class Mentor(nn.Module):
         prompt: as it stands where it contains `<image>`, once per reference, or where there are no references; else
         "The {file's name} in <image>." is put before it for each. refs: paths or PIL pictures. size: pixels a side.
         offload: CLIP and T5 give their memory back once they have read the prompt, so this is the model's last picture
-        unless they are loaded again. sampling: fields of Sampling that differ from the weights' defaults. -> list of n PIL pictures
+        unless they are loaded again. sampling: fields of Sampling that differ from the weights' defaults.
+        -> list of n PIL pictures
         """
         size = self.check_size(size or self.config.image_size)
         if refs and "connector" in self.untrained:
