@@ -12,6 +12,7 @@ import scenes
 import sprites
 from data import InputError, Prompter, TaskData, byte_tokenizer
 from emoji import EmojiData, World
+from model import Mentor
 from sprites import Figure, Look, subjects
 
 
@@ -175,6 +176,12 @@ def test_prompts_for_the_tokenizer_hold_every_name_and_phrase():
                                                          for phrase in phrases]
     missing = {word for name in names for word in name.split()} - words
     assert not missing and data.IMAGE in text
+
+
+def test_every_prompt_fits_the_prefix_of_the_small_model():
+    tiny = Mentor.random("tiny").prompter
+    longest = max(int(tiny(prompt, 1)[1].sum()) for prompt in emoji.captions(6000) if prompt.count(data.IMAGE) == 1)
+    assert longest < 0.9 * tiny.max_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,6 +120,20 @@ def test_dreambench_reads_the_published_prompts_and_photographs():
     assert len({unit.key for unit in units}) == len({unit.seed for unit in units}) == len(units)
 
 
+@pytest.mark.full
+def test_dreambench_scores_real_photographs(tmp_path, networks, small):
+    photos = material("MENTOR_PHOTOS", "photos")
+    for name in ("dog", "vase"):
+        shutil.copytree(photos / name, tmp_path / "bench" / name)
+    shutil.copy(photos / "prompts_and_classes.txt", tmp_path / "bench")
+    evaluation.main(["dreambench", "--weights", small, "--data", str(tmp_path / "bench"), *networks, "--samples", "1",
+                     "--out", str(tmp_path / "out"), "--device", "cpu"])
+    rows = read(tmp_path / "out")[1:]
+    assert len(rows) == 50 and {row["group"] for row in rows} == {"dog", "vase"}
+    assert all(np.isfinite([row["clip_i"], row["clip_t"], row["dino"]]).all() for row in rows)
+    assert Image.open(tmp_path / "out" / "sheet.png").size == (5 * 260 - 4, 2 * 260 - 4)
+
+
 def test_dreambench_plus_asks_for_concept_preservation_and_prompt_following(tmp_path, networks, small, endpoint,
                                                                             capsys):
     for category, subject in {"object": "ball", "live/animal": "dog"}.items():
