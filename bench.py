@@ -97,9 +97,9 @@ def clock(function, device, least=1.0, most=50):
 
 
 def read_rate(device):
-    """Bytes a second of a large read."""
-    x = torch.ones(2**28, device=device)                       # 1 GiB, more than any cache holds
-    return x.numel() * x.element_size() / clock(lambda: torch.sum(x), device)
+    """Bytes a second of a large read: 1 GiB, more than any cache holds, in pieces of a matrix's size."""
+    pieces = [torch.rand(2**22, device=device) for _ in range(64)]
+    return 2**30 / clock(lambda: [piece.sum() for piece in pieces], device)
 
 
 def product_rate(device, dtype):

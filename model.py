@@ -40,7 +40,7 @@ SIZES = {           # layers, heads, width of the decoder; parameters with 16,38
 }
 
 STRIDE = 256       # positions by which the part of the cache that is read grows on a GPU
-FEW = 8            # rows up to which a product on a CPU is better done another way
+FEW, SOME = 8, 64  # rows up to which a product on a CPU is better done as compiled sums, or with the weight at the left
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,10 +233,13 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         rows = x.numel() // x.size(-1)
-        if x.device.type != "cpu" or rows > FEW:
+        if x.device.type != "cpu" or rows > SOME:
             return F.linear(x, self.weight)
         flat = x.reshape(rows, -1)                                                        # (n, in)
-        y = few_rows(flat, self.weight) if torch.compiler.is_compiling() else (self.weight @ flat.t()).t()
+        if rows <= FEW and torch.compiler.is_compiling():
+            y = few_rows(flat, self.weight)                                               # (n, out)
+        else:
+            y = (self.weight @ flat.t()).t()
         return y.reshape(*x.shape[:-1], -1)
 
 

@@ -56,6 +56,9 @@ def parse(argv):
     where.add_argument("--out", help="a PNG's name, or a folder; default out/")
     where.add_argument("--device", help="default: cuda, else mps, else cpu")
     where.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, else fp32")
+    where.add_argument("--offload", action="store_true", help="CLIP and T5 make room once they have read the prompt")
+    where.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks: half a "
+                       "minute at the first use, then faster; default: for decoders of 100 M parameters and more")
     return parser.parse_args(argv)
 
 
@@ -173,9 +176,11 @@ def main(argv=None):
 
     # the model
     mentor = Mentor.from_pretrained(settings["weights"], device=device, dtype=DTYPES[settings["dtype"]],
-                                    prefix_rope=settings.get("prefix_rope"))
+                                    prefix_rope=settings.get("prefix_rope"), offload=args.offload)
     if settings["weights"].startswith("random"):
         print("weights: random, so the picture will be noise; --weights mentor (or a folder) draws in earnest")
+    if args.compile if args.compile is not None else sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8:
+        mentor.decoder.compile_blocks()
     settings["prefix_rope"] = mentor.config.decoder.prefix_rope
     settings["size"] = mentor.check_size(settings.get("size") or mentor.config.image_size)
     for name in SAMPLING:
@@ -187,7 +192,7 @@ def main(argv=None):
     print(f"prompt: {settings['prompt']!r}\ndevice: {device}, {settings['dtype']}")
     start = time.perf_counter()
     pictures = mentor.draw(settings["prompt"], refs, settings["seed"], settings["n"], settings["size"], progress=True,
-                           **{name: settings[name] for name in SAMPLING})
+                           offload=args.offload, **{name: settings[name] for name in SAMPLING})
     seconds = time.perf_counter() - start
     if settings["n"] > 1:
         for i, picture in enumerate(pictures):

@@ -105,8 +105,8 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(prefix_rope):
 def test_the_fast_products_and_a_long_reach_draw_the_tokens_of_the_plain_loop(monkeypatch, batch):
     model = tiny()
     prefix, drawn = random_prefix([20, 9, 20, 14, 11][:batch]), []
-    for few, stride in ((0, 1), (model_file.FEW, 1), (model_file.FEW, 16)):
-        monkeypatch.setattr(model_file, "FEW", few)            # 0: the ordinary product everywhere
+    for some, stride in ((0, 1), (model_file.SOME, 1), (model_file.SOME, 16)):
+        monkeypatch.setattr(model_file, "SOME", some)          # 0: the ordinary product everywhere
         reach = property(lambda cache, stride=stride: min(-(-(cache.length + 1) // stride) * stride, cache.total))
         monkeypatch.setattr(model_file.KVCache, "reach", reach)
         for sampling in (Sampling(3.0, 0, 64), Sampling(1.0, 1.0, 20, 0.9)):
