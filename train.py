@@ -84,14 +84,14 @@ STAGES = {
 # The small model of the emoji world (`--model tiny`), an epoch being 100,000 samples. "pretrain" stands for what CLIP,
 # FLAN-T5 and LlamaGen bring; the stages after it are the published ones, with some reconstruction kept in stage 2.
 TINY = {
-    "vqgan": replace(STAGES["vqgan"], epochs=0.768, global_batch=32, lr=1.5e-3, prefix_tokens=96, adversarial=0.0,
+    "vqgan": replace(STAGES["vqgan"], epochs=0.768, global_batch=32, lr=1.5e-3, prefix_tokens=128, adversarial=0.0,
                      micro=32),
     "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 25, "reconstruct": 35, "segment": 40}, epochs=0.64,
-                      global_batch=16, lr=2e-3, prefix_tokens=96, micro=16, after="vqgan"),
+                      global_batch=16, lr=2e-3, prefix_tokens=128, micro=16, after="vqgan"),
     "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.2, global_batch=16,
-                 lr=1.5e-3, prefix_tokens=96, micro=16, after="pretrain"),
+                 lr=1.5e-3, prefix_tokens=128, micro=16, after="pretrain"),
     "2": replace(STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
-                 epochs=1, global_batch=16, lr=1.5e-3, prefix_tokens=96, micro=16, after="1"),
+                 epochs=1, global_batch=16, lr=1.5e-3, prefix_tokens=128, micro=16, after="1"),
     "multi": replace(STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30, "multi": 30},
                      epochs=0.5, global_batch=16, lr=1e-3, prefix_tokens=192, micro=16, after="2"),
 }
@@ -99,6 +99,7 @@ BETAS, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.05, 1.0, 0.05, 0.
 UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
 UNQUANTIZED = 0.02         # share of the steps that a new tokenizer trains before its codes are placed
 REVIVE_EVERY = 50          # steps between looks for codes of a new tokenizer that nothing chooses
+SKETCH = 8                 # pretraining: pixels a side of what a caption's summary has to tell of its picture
 ALIGNED = ("reconstruct", "segment")     # tasks whose target lies under the reference: pretraining names its tokens
 
 
@@ -223,8 +224,9 @@ class TokenObjective(nn.Module):
 class PretrainObjective(TokenObjective):
     """Stage pretrain: what CLIP, T5 and LlamaGen bring to the published recipe, learnt from nothing.
 
-    The encoders learn to see and to read: a linear head, thrown away afterwards, names the tokens under each patch of a
-    reference, in the tasks whose target lies under it. The decoder learns to write, from text alone.
+    The encoders learn to see and to read, through two linear heads that are thrown away afterwards: one names the
+    tokens under each patch of a reference, in the tasks whose target lies under it; the other sketches the picture in
+    a few pixels from a caption's last row. The decoder learns to write, from captions alone.
     """
 
     def __init__(self, mentor, args):
@@ -232,19 +234,21 @@ class PretrainObjective(TokenObjective):
         config = mentor.config
         self.side = config.grid // config.vision.grid          # tokens a side of one patch
         self.head = nn.Linear(config.decoder.width, self.side**2 * config.decoder.codes)
+        self.sketch = nn.Linear(config.decoder.width, 3 * SKETCH**2)
 
     def forward(self, batch, progress=0.0):
         """-> (B,)"""
         tokens = self.tokens(batch)
         aligned = torch.tensor([task in ALIGNED for task in batch["tasks"]], device=tokens.device)
-        drop = batch["drop"] & ~aligned if "drop" in batch else None
+        drop = batch["drop"] & ~aligned if "drop" in batch else torch.zeros_like(aligned)
+        picture = batch["target"] if "target" in batch else self.mentor.vqgan.decode(tokens)
         prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], drop)
         losses = tokens.new_zeros(len(tokens), dtype=torch.float32)
-        for chosen, cost in ((aligned, self.naming), (~aligned, self.losses)):
-            if not chosen.any():
-                continue
-            part = Prefix(*(rows[chosen][:, prefix.valid[chosen].any(dim=0)] for rows in prefix))   # least padding
-            losses = losses.index_add(0, chosen.nonzero()[:, 0], cost(part, tokens[chosen]))
+        for chosen, cost, wanted in ((aligned, self.naming, tokens), (~aligned, self.losses, tokens),
+                                     (~aligned & ~drop, self.sketching, picture)):
+            if chosen.any():
+                part = Prefix(*(rows[chosen][:, prefix.valid[chosen].any(dim=0)] for rows in prefix))  # least padding
+                losses = losses.index_add(0, chosen.nonzero()[:, 0], cost(part, wanted[chosen]))
         return losses + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)        # as in `losses`
 
     def naming(self, prefix, tokens):
@@ -255,6 +259,12 @@ class PretrainObjective(TokenObjective):
         named = self.head(rows).unflatten(-1, (self.side**2, -1)).flatten(0, 1)           # (n * T, V)
         named = F.cross_entropy(named.float(), wanted.flatten(), reduction="none")
         return named.view(-1, grid**2).sum(dim=1)                                         # (n,)
+
+    def sketching(self, prefix, pictures):
+        """Squared error of the sketch, in the order of the other losses. -> (n,)"""
+        small = F.adaptive_avg_pool2d(pictures, SKETCH).flatten(1)                        # (n, 3 * SKETCH**2)
+        error = (self.sketch(prefix.rows[:, -1]).float() - small).square().mean(dim=1)
+        return 5 * self.mentor.config.grid**2 * error
 
 
 class CaptionObjective(nn.Module):

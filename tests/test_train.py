@@ -214,7 +214,10 @@ def test_pretraining_names_tokens_where_they_are_aligned_and_writes_them_where_t
     alone = train.TokenObjective(model, None)({**batch, "ids": ids[1:2, :3], "mask": ids[1:2, :3] > 0,
                                                "refs": None, "tokens": batch["tokens"][1:2]})
     losses = objective(batch)
-    torch.testing.assert_close(losses[1:2], alone)
+    prefix = model.prefix(ids[1:2, :3], ids[1:2, :3] > 0)
+    sketch = objective.sketching(prefix, model.vqgan.decode(batch["tokens"][1:2]))            # the caption's picture
+    torch.testing.assert_close(losses[1:2], alone + sketch)
+    assert objective.sketching(prefix, objective.sketch(prefix.rows[:, -1]).view(1, 3, 8, 8)) < 1e-9
     losses[[0, 2]].sum().backward()
     assert model.encoder.clip.patch_embed.weight.grad.abs().sum() > 0
     assert model.decoder.tok_embeddings.weight.grad.abs().sum() == 0      # there, lest other ranks wait for it
