@@ -7,6 +7,7 @@
 
     python eval.py judge                                     # trains the judge of the emoji world, once
     python eval.py world                                     # scores a small model on subjects it has never seen
+    python eval.py grid                                      # a sheet of such subjects in several scenes
     python eval.py ablation                                  # the paper's Table 4 in miniature
 
 The benchmarks write every picture and a line of results.jsonl for it; started again they go on where they were, and
@@ -34,8 +35,9 @@ import data
 import judge as judges
 import scenes
 from data import InputError
-from emoji import EmojiData
+from emoji import EmojiData, Script, World, with_article
 from model import Mentor
+from sprites import paint
 from train import Ranks
 
 EVAL_SEED = 73                                    # of the emoji world's samples; no training and no tuning uses it
@@ -392,6 +394,24 @@ def world(args):
     print(f"wrote {args.out}/world.json and world.png")
 
 
+def grid(args):
+    """Draws held-out subjects in several scenes: a row each, the reference first, a column a scene."""
+    mentor, rng, kept, tiles = Mentor.from_pretrained(args.weights), np.random.default_rng(args.seed), World(True), []
+    for k, index in enumerate(rng.choice(kept.subjects, args.rows, replace=False).tolist()):
+        script = Script((index,), str(rng.choice(list(scenes.PLAIN))))
+        ground = scenes.paint(rng, script.scene)
+        reference, _ = paint(ground, kept.cast(rng, script, [ground])[0])
+        label, = script.labels
+        prompts = [data.subject_prompt([label], f"{with_article(label)} {scenes.SCENES[name][0][0]}")
+                   for name in args.scenes]
+        seeds = range(args.seed + k * len(prompts), args.seed + (k + 1) * len(prompts))
+        drawn = draw(mentor, prompts, [[reference]] * len(prompts), seeds)
+        tiles += [picture.resize((128, 128), Image.BICUBIC) for picture in (reference, *map(data.to_image, drawn))]
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    data.contact_sheet(tiles, 1 + len(args.scenes)).save(args.out)
+    print(f"wrote {args.out}")
+
+
 VARIANTS = {     # the paper's Table 4: tasks left out of stage 1 (None: no stage 1) and of stage 2, its CP, PF, CP*PF
     "full": ((), (), (.555, .839, .466)),
     "without stage 1": (None, (), (.179, .673, .120)),
@@ -460,7 +480,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     functions = {"dreambench": dreambench, "dreambench++": dreambench_plus, "reconstruct": reconstruct, "cmmd": cmmd,
-                 "judge": judge, "world": world, "ablation": ablation}
+                 "judge": judge, "world": world, "grid": grid, "ablation": ablation}
     for name, function in functions.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
@@ -483,8 +503,12 @@ def parse(argv):
         if name == "cmmd":
             add("a", help="a folder of pictures")
             add("b", help="another")
-        if name == "world":
+        if name in ("world", "grid"):
             add("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
+        if name == "grid":
+            add("--rows", type=int, default=8, help="subjects (default 8)")
+            add("--scenes", nargs="+", choices=scenes.SCENES, metavar="SCENE", default=[
+                "snow", "beach", "under water", "city at night", "space", "kitchen", "volcano", "yellow"])
         if name == "ablation":
             add("--init", default="out/tiny/pretrain", help="what all variants start from")
             add("--steps", type=int, default=900, help="optimizer steps of both stages together (default 900)")
@@ -496,10 +520,12 @@ def parse(argv):
         if name == "judge":
             add("--steps", type=int, default=3000)
         if name != "cmmd":
-            add("--out", default="out/judge.safetensors" if name == "judge" else os.path.join("out", "eval", name))
+            place = {"judge": "out/judge.safetensors", "grid": "out/eval/grid.png"}
+            add("--out", default=place.get(name, f"out/eval/{name}"))
+        if name not in ("cmmd", "grid"):
             add("--batch", type=int, default={"judge": 64, "world": 50, "ablation": 50}.get(name, 8))
         if name not in ("cmmd", "judge"):
-            add("--seed", type=int, default=EVAL_SEED if name in ("world", "ablation") else 0)
+            add("--seed", type=int, default=EVAL_SEED if name in ("world", "grid", "ablation") else 0)
     args = parser.parse_args(argv)
     if args.command == "dreambench++" and bool(args.judge_url) != bool(args.judge_model):
         raise InputError("--judge-url and --judge-model go together; give both or none")

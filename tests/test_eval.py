@@ -207,6 +207,9 @@ def test_a_trained_judge_and_a_small_model_give_a_record_and_a_sheet(tmp_path, s
     assert set(records[0]["subject"]) >= {"scene", "subject", "hue", "scene_ceiling", "cp", "pf", "cp*pf", "cp/pf"}
     assert "iou" in records[0]["segment"] and set(records[0]["reconstruct"]) >= {"psnr_ceiling", "l2"}
     assert "judge on true pictures" in capsys.readouterr().out
+    evaluation.main(["grid", "--weights", small, "--rows", "2", "--scenes", "snow", "red", "--out",
+                     str(tmp_path / "grid.webp")])
+    assert Image.open(tmp_path / "grid.webp").size == (3 * 132 - 4, 2 * 132 - 4)
 
 
 @pytest.mark.full
