@@ -27,7 +27,7 @@ from PIL import Image
 import data
 from data import InputError
 from encoder import MultimodalEncoder
-from model import SIZES, Decoder, Mentor, Prefix, Sampling, draw_tokens, size_config
+from model import SIZES, Decoder, Graphs, Mentor, Prefix, Sampling, draw_tokens, size_config
 from train import STAGES, TokenObjective, freeze, make_optimizer, used_memory
 from vqgan import VQGAN
 
@@ -155,10 +155,14 @@ def decode(args, device, dtype):
     token, total = torch.zeros(sequences, dtype=torch.long, device=device), args.prefix + grid**2
     for length in sorted({args.prefix, (args.prefix + total) // 2, total - 1}):
         def step():
-            cache.length = length
             cache.at.fill_(length)
             decoder.decode_step(token, cache, rope)
-        rows.append({"what": f"token at position {length}", "seconds": clock(step, device), "tokens": args.batch,
+        run = Graphs(step, cache) if device.type == "cuda" else step
+
+        def once():
+            cache.length = length
+            run()
+        rows.append({"what": f"token at position {length}", "seconds": clock(once, device), "tokens": args.batch,
                      "bytes": decode_bytes(config, sequences, length + 1, dtype.itemsize),
                      "operations": decoder_operations(config, sequences, 1, length + 1, 1)})
     logits, uniform = torch.randn(args.batch, config.codes, device=device), torch.rand(args.batch, device=device)
@@ -295,7 +299,8 @@ def parse(argv):
     parser.add_argument("--prefix", type=int, default=512, help="rows of the prefix (default 512)")
     parser.add_argument("--pixels", type=int, help="a side; default: 256 for train and vqgan, else 512")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="the decoder's blocks")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the decoder's blocks; default: to "
+                                                                                 "decode on cuda")
     parser.add_argument("--stage", choices=["1", "2"], default="2", help="of train (default 2)")
     parser.add_argument("--samples", type=int, default=256, help="of loader (default 256)")
     parser.add_argument("--device", help="default: cuda, else cpu")
@@ -304,6 +309,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    if args.compile is None:
+        args.compile = args.command == "decode" and args.device.startswith("cuda")
     args.size = args.size or ("B" if args.command == "train" else "XL")
     args.batch = args.batch or {"train": 4, "loader": 16}.get(args.command, 1)
     args.pixels = args.pixels or (256 if args.command in ("train", "vqgan") else 512)
