@@ -232,6 +232,7 @@ class Linear(nn.Linear):
         super().__init__(rows, columns, bias=False)
 
     def forward(self, x):
+        """(..., in) -> (..., out)"""
         rows = x.numel() // x.size(-1)
         if x.device.type != "cpu" or rows > SOME:
             return F.linear(x, self.weight)
@@ -485,6 +486,7 @@ class Mentor(nn.Module):
         logits, cache, rope = self.decoder.prefill(prefix, grid)
 
         def draw(logits):
+            """Draws the tokens at `place` and hands them to the next step. logits: (B or 2B, V)"""
             logits = logits.float()
             if guided:
                 cond, uncond = logits.chunk(2)
