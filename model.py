@@ -341,8 +341,9 @@ class Decoder(nn.Module):
         cache, rope, x = KVCache(self.config, prefix, grid), self.rope(prefix, grid), prefix.rows
         rows, mask = x.size(1), make_mask(prefix.valid, x.dtype)
         at = torch.arange(rows, device=x.device)
-        for layer, kv in zip(self.layers, cache.kv):           # not compiled, for it is done once
-            x = layer.forward(x, rope[:, :rows], mask, kv[..., :rows, :], at)
+        with torch.compiler.set_stance("force_eager"):         # it is done once, so compiling would not pay
+            for layer, kv in zip(self.layers, cache.kv):
+                x = layer(x, rope[:, :rows], mask, kv[..., :rows, :], at)
         cache.length = rows
         return self.output(self.norm(x[:, -1])), cache, rope                              # (B, V)
 
