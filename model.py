@@ -324,12 +324,16 @@ class Decoder(nn.Module):
         -> logits (B, t + 1, V); logits[:, k] has seen the prefix and tokens[:, :k], so it predicts token k: the last
         prefix position predicts token 0, and the position of token k predicts token k + 1.
         """
-        prefix_rows = prefix.rows.size(1)
-        x = torch.cat([prefix.rows, self.tok_embeddings(tokens)], dim=1)                  # (B, S + t, D)
+        return self.read(prefix, self.tok_embeddings(tokens), grid)
+
+    def read(self, prefix, x, grid):
+        """The same from the tokens' embeddings, x (B, t, D)."""
+        prefix_rows, mask = prefix.rows.size(1), F.pad(prefix.valid, (0, x.size(1)), value=True)
+        x = torch.cat([prefix.rows, x], dim=1)                                            # (B, S + t, D)
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        mask = make_mask(F.pad(prefix.valid, (0, tokens.size(1)), value=True), dtype)     # (B, 1, S + t, S + t)
+        mask = make_mask(mask, dtype)                                                     # (B, 1, S + t, S + t)
         rope = self.rope(prefix, grid)[:, :x.size(1)]
         x = self.dropout(x)
         for layer in self.layers:

@@ -86,7 +86,7 @@ STAGES = {
 TINY = {
     "vqgan": replace(STAGES["vqgan"], epochs=0.768, global_batch=32, lr=1.5e-3, prefix_tokens=128, adversarial=0.0,
                      micro=32),
-    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 25, "reconstruct": 35, "segment": 40}, epochs=0.64,
+    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 60, "reconstruct": 20, "segment": 20}, epochs=0.64,
                       global_batch=16, lr=2e-3, prefix_tokens=128, micro=16, after="vqgan"),
     "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.2, global_batch=16,
                  lr=1.5e-3, prefix_tokens=128, micro=16, after="pretrain"),
@@ -226,7 +226,7 @@ class PretrainObjective(TokenObjective):
 
     The encoders learn to see and to read, through two linear heads that are thrown away afterwards: one names the
     tokens under each patch of a reference, in the tasks whose target lies under it; the other sketches the picture in
-    a few pixels from a caption's last row. The decoder learns to write, from captions alone.
+    a few pixels from a caption's last row. The decoder learns to write from captions, at times from nothing else.
     """
 
     def __init__(self, mentor, args):
@@ -235,6 +235,7 @@ class PretrainObjective(TokenObjective):
         self.side = config.grid // config.vision.grid          # tokens a side of one patch
         self.head = nn.Linear(config.decoder.width, self.side**2 * config.decoder.codes)
         self.sketch = nn.Linear(config.decoder.width, 3 * SKETCH**2)
+        self.blank = nn.Parameter(0.02 * torch.randn(config.decoder.width))
 
     def forward(self, batch, progress=0.0):
         """-> (B,)"""
@@ -244,12 +245,32 @@ class PretrainObjective(TokenObjective):
         picture = batch["target"] if "target" in batch else self.mentor.vqgan.decode(tokens)
         prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], drop)
         losses = tokens.new_zeros(len(tokens), dtype=torch.float32)
-        for chosen, cost, wanted in ((aligned, self.naming, tokens), (~aligned, self.losses, tokens),
+        for chosen, cost, wanted in ((aligned, self.naming, tokens), (~aligned, self.writing, tokens),
                                      (~aligned & ~drop, self.sketching, picture)):
             if chosen.any():
                 part = Prefix(*(rows[chosen][:, prefix.valid[chosen].any(dim=0)] for rows in prefix))  # least padding
                 losses = losses.index_add(0, chosen.nonzero()[:, 0], cost(part, wanted[chosen]))
         return losses + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)        # as in `losses`
+
+    def writing(self, prefix, tokens):
+        """Cross entropy of all tokens. Neighbouring tokens tell so much about each other that the little a caption
+        adds would go unnoticed for long; so in half of the samples some or all of what was written is blanked. -> (n,)
+        """
+        x = self.mentor.decoder.tok_embeddings(tokens[:, :-1])                            # (n, T - 1, D)
+        if self.training:
+            x = torch.where(self.hidden(tokens)[..., None], self.blank, x)
+        logits = self.mentor.decoder.read(prefix, x, self.mentor.config.grid)             # (n, T, V)
+        return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").sum(dim=1)
+
+    @staticmethod
+    def hidden(tokens):
+        """What is blanked: a function of the sample alone, on whichever rank it is. -> (n, T - 1) bool"""
+        hidden = torch.zeros(tokens[:, 1:].shape, dtype=torch.bool)
+        for row, sample in zip(hidden, tokens.cpu()):
+            generator = torch.Generator().manual_seed(int(sample.sum()))
+            blanked, share = torch.rand(2, generator=generator)
+            row |= (torch.rand(row.shape, generator=generator) < 1.2 * share) & (blanked < 0.5)
+        return hidden.to(tokens.device)
 
     def naming(self, prefix, tokens):
         """Cross entropy of the tokens under every patch. -> (n,)"""

@@ -207,7 +207,7 @@ def test_naming_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
 def test_pretraining_names_tokens_where_they_are_aligned_and_writes_them_where_they_are_not():
     model = Mentor(replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16)).eval()
     torch.nn.init.normal_(model.decoder.output.weight)         # zero at first, which would see no difference
-    objective = train.PretrainObjective(model, None)
+    objective = train.PretrainObjective(model, None).eval()
     ids = torch.tensor([[TINY.image_id] * 4 + [7, 8], [7, 8, 9, 0, 0, 0], [TINY.image_id] * 4 + [9, 0]])
     batch = {"ids": ids, "mask": ids > 0, "refs": torch.randn(2, 3, 56, 56), "tokens": torch.randint(64, (3, 16)),
              "tasks": ["segment", "t2i", "reconstruct"]}
@@ -224,6 +224,22 @@ def test_pretraining_names_tokens_where_they_are_aligned_and_writes_them_where_t
     dropped = objective({**batch, "drop": torch.ones(3, dtype=torch.bool)})
     torch.testing.assert_close(dropped[[0, 2]], losses[[0, 2]])           # naming nothing would teach nothing
     assert (dropped[1] - losses[1]).abs() > 0
+
+
+def test_pretraining_blanks_what_was_written_in_half_of_the_samples_by_the_sample_alone():
+    tokens = torch.randint(64, (400, 16), generator=torch.Generator().manual_seed(0))
+    hidden = train.PretrainObjective.hidden(tokens)
+    share = hidden.float().mean(dim=1)
+    assert hidden.shape == (400, 15) and 0.4 < (share > 0).float().mean() < 0.6
+    assert 0.03 < (share == 1).float().mean() < 0.2 and ((share > 0) & (share < 1)).sum() > 100
+    assert torch.equal(train.PretrainObjective.hidden(tokens[200:]), hidden[200:])
+    objective = train.PretrainObjective(Mentor(TINY), None)
+    prefix = objective.mentor.prefix(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.bool))
+    torch.nn.init.normal_(objective.mentor.decoder.output.weight)
+    objective.mentor.eval()
+    objective.hidden = lambda tokens: torch.ones(1, 15, dtype=torch.bool)
+    objective.writing(prefix, tokens[:1]).sum().backward()
+    assert objective.mentor.decoder.tok_embeddings.weight.grad.abs().sum() == 0 and objective.blank.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("stage", ["1", "connector", "vqgan"])
