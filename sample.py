@@ -1,6 +1,7 @@
 """Draws a picture from reference pictures and a prompt.
 
-    python sample.py --ref dog.jpg --prompt "a dog in the snow"
+    python sample.py                                                     # an example, with the small bundled model
+    python sample.py --weights mentor --ref dog.jpg --prompt "a dog in the snow"
     python sample.py --ref dog.jpg --ref hat.jpg --subject dog --subject "red hat" --prompt "a dog wearing a red hat"
     python sample.py --prompt "a castle at night"                        # no reference: text to image
     python sample.py --ref dog.jpg --task segment                        # the subject on black
@@ -24,11 +25,22 @@ import data
 from data import InputError
 from model import Mentor
 from rope2d import PREFIX_ROPE
-from weights import HUB
+from weights import BUNDLED, HUB
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
 KEY, REF_KEY = "mentor", "mentor-ref-"         # names of the PNG's text chunks
+VIEW = 256                                     # smaller pictures are saved enlarged to about that many pixels a side
+ROOT = os.path.dirname(os.path.abspath(__file__))
+EXAMPLE = os.path.join(ROOT, "assets", "dog_face.png"), "a dog face under water"
+TINY_NEWS = ("weights: tiny, a small model that knows nothing but emoji before painted scenes; --weights mentor "
+             "(10 GB, downloaded once) draws what is in photographs")
+TRY = """other things to try:
+  python sample.py --ref assets/dog_face.png --prompt "a dog face wearing a crown, on a meadow" --n 4
+  python sample.py --ref assets/penguin.png --prompt "in the city at night, a penguin"
+  python sample.py --ref assets/penguin.png --task segment
+  python sample.py --prompt "a pencil sketch of a tropical fish in the snow"
+"""
 
 
 def parse(argv):
@@ -51,7 +63,7 @@ def parse(argv):
     how.add_argument("--top-p", type=float, help="draw among the likeliest tokens that together reach p")
     where = parser.add_argument_group("with what and where")
     where.add_argument("--weights", help=f"a folder, a hub repository (owner/name), random, or one of "
-                                         f"{', '.join(HUB)}; default mentor")
+                                         f"{', '.join([*BUNDLED, *HUB])}; default tiny")
     where.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: as trained")
     where.add_argument("--out", help="a PNG's name, or a folder; default out/")
     where.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -90,7 +102,7 @@ def compose(args):
     for name in ("seed", "n", "size", "weights", "prefix_rope", "dtype") + SAMPLING:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
-    for name, value in {"weights": "mentor", "seed": 0, "n": 1}.items():
+    for name, value in {"weights": "tiny", "seed": 0, "n": 1}.items():
         settings.setdefault(name, value)
     if settings["n"] < 1:
         raise InputError(f"--n is {settings['n']} but at least one picture must be drawn")
@@ -148,6 +160,12 @@ def probe_folder(path):
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
+def enlarged(picture):
+    """A small picture at a size that one can look at, by a whole factor."""
+    factor = max(1, VIEW // picture.width)
+    return picture.resize((factor * picture.width, factor * picture.height), Image.BICUBIC)
+
+
 def save(image, path, settings, refs):
     """Writes a PNG with its settings and references; the file appears complete or not at all."""
     chunks = PngImagePlugin.PngInfo()
@@ -168,6 +186,9 @@ def main(argv=None):
     args = parse(argv)
 
     # what to draw, checked before anything slow begins
+    example = not (args.prompt or args.ref or args.subject or args.task or args.like)
+    if example:
+        args.ref, args.prompt = [EXAMPLE[0]], EXAMPLE[1]
     settings, refs = compose(args)
     path = out_name(args.out, settings["prompt"])
     probe_folder(path)
@@ -178,7 +199,9 @@ def main(argv=None):
     mentor = Mentor.from_pretrained(settings["weights"], device=device, dtype=DTYPES[settings["dtype"]],
                                     prefix_rope=settings.get("prefix_rope"), offload=args.offload)
     if settings["weights"].startswith("random"):
-        print("weights: random, so the picture will be noise; --weights mentor (or a folder) draws in earnest")
+        print("weights: random, so the picture will be noise; --weights tiny or mentor (or a folder) draw in earnest")
+    if settings["weights"] == "tiny":
+        print(TINY_NEWS)
     if args.compile if args.compile is not None else sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8:
         mentor.decoder.compile_blocks()
     settings["prefix_rope"] = mentor.config.decoder.prefix_rope
@@ -193,6 +216,7 @@ def main(argv=None):
     start = time.perf_counter()
     pictures = mentor.draw(settings["prompt"], refs, settings["seed"], settings["n"], settings["size"], progress=True,
                            offload=args.offload, **{name: settings[name] for name in SAMPLING})
+    pictures = [enlarged(picture) for picture in pictures]
     seconds = time.perf_counter() - start
     if settings["n"] > 1:
         for i, picture in enumerate(pictures):
@@ -205,6 +229,8 @@ def main(argv=None):
         save(pictures[0], path, settings, refs)
         print(f"wrote {path}")
     print(f"{seconds / settings['n']:.1f} s a picture of {settings['size']} x {settings['size']} pixels")
+    if example:
+        print(TRY)
 
 
 if __name__ == "__main__":

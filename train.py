@@ -88,10 +88,10 @@ TINY = {
                      micro=32),
     "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 60, "reconstruct": 20, "segment": 20}, epochs=0.64,
                       global_batch=16, lr=2e-3, prefix_tokens=128, micro=16, after="vqgan"),
-    "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.2, global_batch=16,
+    "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.16, global_batch=16,
                  lr=1.5e-3, prefix_tokens=128, micro=16, after="pretrain"),
     "2": replace(STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
-                 epochs=1, global_batch=16, lr=1.5e-3, prefix_tokens=128, micro=16, after="1"),
+                 epochs=0.88, global_batch=16, lr=1e-3, prefix_tokens=128, micro=16, after="1"),
     "multi": replace(STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30, "multi": 30},
                      epochs=0.5, global_batch=16, lr=1e-3, prefix_tokens=192, micro=16, after="2"),
 }

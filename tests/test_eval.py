@@ -1,9 +1,11 @@
+import colorsys
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import material
 from PIL import Image
 
 import eval as evaluation
+import scenes
 from data import InputError
 from model import Mentor
 
@@ -188,6 +191,29 @@ def test_bad_folders_are_one_clear_sentence(tmp_path, networks, small):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The emoji world
+
+def test_the_bundled_model_copies_subjects_it_has_never_seen_and_does_so_from_the_reference():
+    mentor = Mentor.from_pretrained("tiny")
+    args = SimpleNamespace(seed=5, samples=16, batch=16, show=0)
+    with torch.no_grad():
+        segmented = evaluation.score_task(mentor, None, "segment", args)[0]
+        copied = evaluation.score_task(mentor, None, "reconstruct", args)[0]
+        mentor.prefix = lambda ids, mask, refs, plain=mentor.prefix: plain(ids, mask, refs.roll(1, 0))
+        astray = evaluation.score_task(mentor, None, "segment", args)[0]
+    assert segmented["iou"].mean() > 0.6 and astray["iou"].mean() < 0.5
+    assert copied["psnr"].mean() > copied["psnr_ceiling"].mean() - 4
+
+
+def test_the_bundled_model_draws_the_background_that_the_prompt_names():
+    mentor, names = Mentor.from_pretrained("tiny"), list(scenes.PLAIN)
+    reference = Image.open(ROOT / "assets" / "penguin.png").convert("RGB")                 # on yellow
+    prompts = [f"The penguin in <image>.\na penguin {scenes.SCENES[name][0][0]}" for name in names]
+    with torch.no_grad():
+        drawn = evaluation.draw(mentor, prompts, [[reference]] * len(names), range(len(names)))
+    corners = ((drawn[:, :, :8, :8] + 1) / 2).mean((2, 3))                                 # (10, 3)
+    true = torch.tensor([colorsys.hsv_to_rgb(*colour) for colour in scenes.PLAIN.values()])
+    assert (torch.cdist(corners, true).argmin(dim=1) == torch.arange(len(names))).sum() >= 8
+
 
 @pytest.mark.gradients
 def test_a_trained_judge_and_a_small_model_give_a_record_and_a_sheet(tmp_path, small, capsys):

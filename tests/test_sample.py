@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy
 import pytest
 from PIL import Image
 
@@ -35,6 +36,26 @@ def test_the_command_of_the_readme_writes_pictures_and_a_sheet_and_says_what_it_
     assert names == ["a-dog-in-the-snow-0.png", "a-dog-in-the-snow-1.png", "a-dog-in-the-snow.png"]
     assert Image.open(tmp_path / "new" / "folder" / names[0]).size == (256, 256)
     assert Image.open(tmp_path / "new" / "folder" / names[2]).size == (516, 256)
+
+
+def test_without_arguments_the_bundled_model_draws_an_example_and_says_what_else_to_try(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "sample.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "'The dog face in <image>.\\na dog face under water'" in result.stdout
+    assert result.stdout.count("knows nothing but emoji") == 1 and "--weights mentor" in result.stdout
+    picture = Image.open(tmp_path / "out" / "a-dog-face-under-water.png")
+    assert picture.size == (256, 256)                          # 64 pixels, enlarged to look at
+    assert numpy.asarray(picture.convert("RGB")).std() > 20
+    commands = [line.split() for line in result.stdout.splitlines() if line.startswith("  python sample.py")]
+    assert len(commands) >= 3
+    for words in commands:                                     # what it proposes exists
+        assert all((ROOT / word).exists() for word in words if word.startswith("assets/"))
+
+
+def test_a_photograph_as_reference_works_with_the_bundled_model_too(tmp_path, capsys):
+    sample.main(["--ref", DOG, "--prompt", "a dog in the snow", "--out", str(tmp_path / "x.png")])
+    assert capsys.readouterr().out.count("knows nothing but emoji") == 1
+    assert json.loads(Image.open(tmp_path / "x.png").info["mentor"])["weights"] == "tiny"
 
 
 def test_a_picture_can_be_made_again_from_its_file_alone(tmp_path):
@@ -76,7 +97,7 @@ def test_names_of_files_become_subjects():
 
 
 @pytest.mark.parametrize("args, said", [
-    ([], "there is nothing to draw; add --prompt"),
+    (["--prompt", " "], "there is nothing to draw; add --prompt"),
     (["--prompt", "x", "--ref", "nowhere.jpg"], "nowhere.jpg: no such file"),
     (["--prompt", "x", "--ref", __file__], "test_sample.py: not a picture"),
     (["--prompt", "<image> and <image>", "--ref", DOG], "2 <image> but 1 reference"),
