@@ -422,36 +422,40 @@ VARIANTS = {     # the paper's Table 4: tasks left out of stage 1 (None: no stag
 }
 
 
-def train_variant(args, name, seed):
-    """Trains one row of VARIANTS, as far as that is not done. -> the folder of its weights"""
+def train_variant(args, name):
+    """Trains one row of VARIANTS, as far as that is not done, all seeds side by side. -> {seed: folder of weights}"""
     first, second, _ = VARIANTS[name]
-    init, steps = args.init, args.steps
     stages = [("1", first, args.steps // 3), ("2", second, args.steps - args.steps // 3)]
     if first is None:                                          # the same budget, all of it for stage 2
         stages = [("2", second, args.steps)]
+    inits, threads = dict.fromkeys(range(args.seeds), args.init), max(1, (os.cpu_count() or 1) // args.seeds)
     for stage, without, steps in stages:
-        words = [f"seed{seed}", "none" if first is None else "-".join(["1", *first])]
-        words += ["-".join(["2", *second])] if stage == "2" else []
-        out = os.path.join(args.out, "_".join(words))          # variants with the same stage 1 share it
-        if not os.path.exists(os.path.join(out, f"step-{steps:08}")):
+        running = {}
+        for seed, init in inits.items():
+            words = [f"seed{seed}", "none" if first is None else "-".join(["1", *first])]
+            words += ["-".join(["2", *second])] if stage == "2" else []
+            inits[seed] = out = os.path.join(args.out, "_".join(words))      # variants with the same stage 1 share it
+            if os.path.exists(os.path.join(out, f"step-{steps:08}")):
+                continue
             command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--model",
                        "tiny", "--stage", stage, "--init", init, "--out", out, "--seed", str(seed), "--steps",
-                       str(steps), "--sample-every", str(steps), "--save-every", "250", "--keep", "1", "--workers", "0"]
+                       str(steps), "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0"]
             command += [flag for task in without for flag in ("--without", task)]
             command += ["--resume"] if os.path.exists(os.path.join(out, "model.safetensors")) else []
-            print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}")
-            if subprocess.run(command).returncode:
+            print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}", flush=True)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if args.seeds > 1 else None
+            running[out] = subprocess.Popen(command, env=environment)
+        for out, process in running.items():
+            if process.wait():
                 raise InputError(f"{out}: the training stopped; give the same command again to go on")
-        init = out
-    return init
+    return inits
 
 
 def ablation(args):
     """Trains the small model's variants of the paper's Table 4 with equal budgets and prints the table beside it."""
     network, rows = judges.load_judge(args.judge), []
     for name, (_, _, paper) in VARIANTS.items():
-        for seed in range(args.seeds):
-            folder = train_variant(args, name, seed)
+        for seed, folder in train_variant(args, name).items():
             path = os.path.join(folder, f"world-{args.samples}.json")
             if not os.path.exists(path):
                 found, tiles = score_world(Mentor.from_pretrained(folder), network, args)

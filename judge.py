@@ -5,8 +5,8 @@
 `VisionJudge` asks any model behind an OpenAI-compatible endpoint for concept preservation and prompt following, as
 DreamBench++ does, with rubrics in our own words.
 
-`Judge` names the scene, the subject and the turn of its hue in a picture of the emoji world. It is trained on nothing
-but true pictures, and its own accuracy on new ones stands beside every score.
+`Judge` names the scene, the held-out subject and the turn of its hue in a picture of the emoji world. It is trained on
+nothing but true pictures, and its own accuracy on new ones stands beside every score.
 
 Next: `eval.py`, which draws the pictures and does the sums.
 """
@@ -239,8 +239,14 @@ class VisionJudge:
 # ---------------------------------------------------------------------------------------------------------------------
 # The emoji world
 
+def held_out():
+    """The subjects that no model has seen in training, by number."""
+    return [i for i, subject in enumerate(sprites.subjects()) if subject.held_out]
+
+
 class Judge(nn.Module):
-    """(B, 3, 64, 64) in [-1, 1] -> scene logits (B, 30), subject logits (B, all emoji), hue as a direction (B, 2)"""
+    """(B, 3, 64, 64) in [-1, 1] -> scene logits (B, 30), logits of the held-out subjects (B, 89), hue as a direction
+    (B, 2)"""
 
     def __init__(self):
         super().__init__()
@@ -250,7 +256,7 @@ class Judge(nn.Module):
             c = width
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 16, 512), nn.ReLU(), nn.Dropout(0.2))
         self.scene = nn.Linear(512, len(scenes.SCENES))
-        self.subject = nn.Linear(512, len(sprites.subjects()))
+        self.subject = nn.Linear(512, len(held_out()))
         self.hue = nn.Linear(512, 2)
 
     def forward(self, pixels):
@@ -264,9 +270,9 @@ def plain_prompter():
 
 
 def truth(metas):
-    """What is to be seen: -> scene (B,), subject (B,), hue in radians (B,)"""
-    names = list(scenes.SCENES)
-    columns = zip(*((names.index(m["scene"]), m["subject"], math.radians(m["hue"])) for m in metas))
+    """What is to be seen: -> scene (B,), subject (B,), a place among the held-out ones, hue in radians (B,)"""
+    names, subjects = list(scenes.SCENES), held_out()
+    columns = zip(*((names.index(m["scene"]), subjects.index(m["subject"]), math.radians(m["hue"])) for m in metas))
     scene, subject, hue = (torch.tensor(column) for column in columns)
     return scene, subject, hue
 
@@ -278,16 +284,15 @@ def blurred(pixels, generator):
 
 
 def train_judge(path, steps, batch):
-    """Trains the judge on true pictures of all subjects and writes it to a file. -> what `examine` says of it"""
+    """Trains the judge on true pictures and writes it to a file. -> what `examine` says of it"""
     torch.manual_seed(TRAIN_SEED)
     generator, model = torch.Generator().manual_seed(TRAIN_SEED), Judge()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    splits = [EmojiData(plain_prompter(), weights={"t2i": 1}, seed=TRAIN_SEED, held_out=held_out, extras=False)
-              for held_out in (False, True)]
+    world = EmojiData(plain_prompter(), weights={"t2i": 1}, seed=TRAIN_SEED, held_out=True, extras=False)
     bar = tqdm(range(steps), unit="step")
     for step in bar:
-        samples = [splits[k % 2][step * batch + k] for k in range(batch)]
+        samples = [world[step * batch + k] for k in range(batch)]
         scene, subject, hue = truth([sample["meta"] for sample in samples])
         out = model(blurred(torch.stack([sample["target"] for sample in samples]), generator))
         direction = torch.stack([hue.cos(), hue.sin()], dim=1)                            # (B, 2)
@@ -317,14 +322,12 @@ def load_judge(path):
 def verdict(judge, pixels, metas):
     """Scores of pictures (B, 3, 64, 64) that should show what metas say. -> {score: (B,) of 0 and 1}"""
     scene, subject, hue = truth(metas)
-    held_out = torch.tensor([i for i, s in enumerate(sprites.subjects()) if s.held_out])
     scenes_seen, subjects_seen, direction = judge(pixels)
-    rank = subjects_seen[:, held_out].argsort(dim=1, descending=True)                     # (B, held-out subjects)
-    place = (held_out[rank] == subject[:, None]).int().argmax(dim=1)                      # (B,)
+    ahead = (subjects_seen > subjects_seen.gather(1, subject[:, None])).sum(dim=1)        # (B,) better placed ones
     off = torch.atan2(direction[:, 1], direction[:, 0]) - hue
     off = torch.rad2deg(torch.atan2(off.sin(), off.cos()).abs())                          # degrees, 0 to 180
-    return {"scene": (scenes_seen.argmax(dim=1) == scene).float(), "subject": (place == 0).float(),
-            "subject_top5": (place < 5).float(), "hue": (off <= HUE_TOLERANCE).float()}
+    return {"scene": (scenes_seen.argmax(dim=1) == scene).float(), "subject": (ahead == 0).float(),
+            "subject_top5": (ahead < 5).float(), "hue": (off <= HUE_TOLERANCE).float()}
 
 
 def examine(judge, n=1000, seed=TRUE_SEED):

@@ -60,6 +60,7 @@ class Stage:
     prefix_rope: str | None = None   # None = as the weights it starts from
     adversarial: float = 0.1         # weight of the tokenizer's discriminator, 0 = none
     micro: int = 8                   # the largest micro-batch that is tried without being asked for
+    muon: bool = False               # Muon moves the hidden matrices, AdamW the rest
     after: str | None = None         # the stage it starts from, where --init says nothing
 
 
@@ -86,19 +87,20 @@ STAGES = {
 TINY = {
     "vqgan": replace(STAGES["vqgan"], epochs=0.768, global_batch=32, lr=1.5e-3, prefix_tokens=128, adversarial=0.0,
                      micro=32),
-    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 60, "reconstruct": 20, "segment": 20}, epochs=0.64,
-                      global_batch=16, lr=2e-3, prefix_tokens=128, micro=16, after="vqgan"),
-    "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.16, global_batch=16,
-                 lr=1.5e-3, prefix_tokens=128, micro=16, after="pretrain"),
+    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 50, "reconstruct": 25, "segment": 25}, epochs=0.48,
+                      global_batch=32, lr=3e-3, prefix_tokens=128, micro=16, muon=True, after="vqgan"),
+    "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.16, global_batch=32,
+                 lr=2e-3, prefix_tokens=128, micro=16, muon=True, after="pretrain"),
     "2": replace(STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
-                 epochs=0.88, global_batch=16, lr=1e-3, prefix_tokens=128, micro=16, after="1"),
+                 epochs=0.8, global_batch=32, lr=2e-3, prefix_tokens=128, micro=16, muon=True, after="1"),
     "multi": replace(STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30, "multi": 30},
-                     epochs=0.5, global_batch=16, lr=1e-3, prefix_tokens=192, micro=16, after="2"),
+                     epochs=0.5, global_batch=32, lr=1e-3, prefix_tokens=192, micro=16, muon=True, after="2"),
 }
-BETAS, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.05, 1.0, 0.05, 0.1
+BETAS, MOMENTUM, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.95, 0.05, 1.0, 0.05, 0.1
 UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
 UNQUANTIZED = 0.02         # share of the steps that a new tokenizer trains before its codes are placed
 REVIVE_EVERY = 50          # steps between looks for codes of a new tokenizer that nothing chooses
+NEARNESS = 4               # pretraining: what a code's squared distance from where it should lie weighs
 SKETCH = 8                 # pretraining: pixels a side of what a caption's summary has to tell of its picture
 ALIGNED = ("reconstruct", "segment")     # tasks whose target lies under the reference: pretraining names its tokens
 
@@ -167,7 +169,7 @@ def fill_from_table(args):
         raise InputError(f"--without {' '.join(unknown)}: stage {args.stage} has no such task; its tasks are "
                          f"{', '.join(stage.tasks)}")
     args.tasks = {task: weight for task, weight in stage.tasks.items() if task not in args.without}
-    args.trains, args.largest_micro = stage.trains, stage.micro
+    args.trains, args.largest_micro, args.muon = stage.trains, stage.micro, stage.muon
     if not args.tasks:
         raise InputError(f"--without leaves stage {args.stage} no task; remove one of them")
     if args.model not in (None, "tiny") and args.init != "random":
@@ -233,7 +235,8 @@ class PretrainObjective(TokenObjective):
         super().__init__(mentor, args)
         config = mentor.config
         self.side = config.grid // config.vision.grid          # tokens a side of one patch
-        self.head = nn.Linear(config.decoder.width, self.side**2 * config.decoder.codes)
+        self.head = nn.Linear(config.decoder.width, self.side**2 * config.vqgan.code_width)
+        self.sharpness = nn.Parameter(torch.tensor(20.0))
         self.sketch = nn.Linear(config.decoder.width, 3 * SKETCH**2)
         self.blank = nn.Parameter(0.02 * torch.randn(config.decoder.width))
 
@@ -273,13 +276,15 @@ class PretrainObjective(TokenObjective):
         return hidden.to(tokens.device)
 
     def naming(self, prefix, tokens):
-        """Cross entropy of the tokens under every patch. -> (n,)"""
-        grid, patches = self.mentor.config.grid, self.mentor.config.vision.grid
-        rows = prefix.rows[prefix.is_image]                                               # (n * P, D)
-        wanted = tokens.view(-1, patches, self.side, patches, self.side).transpose(2, 3)
-        named = self.head(rows).unflatten(-1, (self.side**2, -1)).flatten(0, 1)           # (n * T, V)
-        named = F.cross_entropy(named.float(), wanted.flatten(), reduction="none")
-        return named.view(-1, grid**2).sum(dim=1)                                         # (n,)
+        """Cross entropy of the tokens under every patch. The head says where their codes lie on the sphere: that codes
+        which look alike are neighbours need not be learnt then, and a near miss is told from a bad one. -> (n,)"""
+        patches, codebook = self.mentor.config.vision.grid, self.mentor.vqgan.quantize.embedding.weight
+        codes = F.normalize(codebook, dim=-1)                                             # (V, e)
+        wanted = tokens.view(-1, patches, self.side, patches, self.side).transpose(2, 3).flatten()
+        named = self.head(prefix.rows[prefix.is_image]).unflatten(-1, (self.side**2, -1)).flatten(0, 1)   # (n * T, e)
+        losses = F.cross_entropy(self.sharpness * (named @ codes.T).float(), wanted, reduction="none")
+        losses = losses + NEARNESS * (named - codes[wanted]).square().sum(dim=-1)
+        return losses.view(len(tokens), -1).sum(dim=1)                                    # (n,)
 
     def sketching(self, prefix, pictures):
         """Squared error of the sketch, in the order of the other losses. -> (n,)"""
@@ -436,13 +441,52 @@ def accumulating(model, last):
     return nullcontext()
 
 
-def make_optimizer(objective, lr):
-    """AdamW; weight decay on matrices only."""
+class Muon(torch.optim.AdamW):
+    """AdamW, but the matrices of groups with `muon` go by their momentum made orthogonal: every direction moves alike,
+    which the small model learns from about five times as fast (Jordan et al. 2024, github.com/KellerJordan/Muon; the
+    step's length as Liu et al., arXiv 2502.16982, have it, so that both share one learning rate).
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; matrices that took theirs are left without gradient, so that AdamW passes them over."""
+        for group in self.param_groups:
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is None:
+                    continue
+                if not self.state[p]:          # "step": AdamW asks every state for it when it reads a checkpoint
+                    self.state[p] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+                momentum = self.state[p]["momentum"]
+                momentum.lerp_(p.grad, 1 - MOMENTUM)
+                update = orthogonal(p.grad.lerp(momentum, MOMENTUM))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                p.grad = None
+        return super().step(closure)
+
+
+def orthogonal(matrix):
+    """All singular values brought near 1, by five steps of a Newton-Schulz iteration. (m, n) -> (m, n)"""
+    x = matrix.T if len(matrix) > matrix.size(1) else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x.T if len(matrix) > matrix.size(1) else x
+
+
+def make_optimizer(objective, lr, muon=False):
+    """AdamW, with `muon` Muon for the linear layers before the last; weight decay on matrices only."""
     trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+    hidden = set()
+    if muon:
+        hidden = {module.weight for module in objective.mentor.modules() if isinstance(module, nn.Linear)}
+        hidden -= {objective.mentor.decoder.output.weight}
+    groups = [{"params": [p for p in trained if p in hidden], "weight_decay": WEIGHT_DECAY, "muon": True},
+              {"params": [p for p in trained if p.dim() >= 2 and p not in hidden], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=BETAS,
-                             fused=trained[0].is_cuda)
+    groups = [{"muon": False} | group for group in groups if group["params"]]
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=BETAS, fused=trained[0].is_cuda)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -814,7 +858,7 @@ def prepare(args):
     if saved:
         objective.load_state_dict({name: t for name, t in saved.items() if ":" not in name}, strict=False)
     model = wrap(objective.to(ranks.device), args, ranks)
-    optimizer = make_optimizer(objective, args.lr)
+    optimizer = make_optimizer(objective, args.lr, args.muon)
     if saved:
         restore(model, optimizer, saved)
     return Run(args, ranks, mentor, model, optimizer, train, val, accum, first, log)

@@ -28,7 +28,7 @@ class Oracle(torch.nn.Module):
 
     def forward(self, pixels):
         one_hot = torch.nn.functional.one_hot
-        return (one_hot(self.scene, 30).float(), one_hot(self.subject, len(sprites.subjects())).float(),
+        return (one_hot(self.scene, 30).float(), one_hot(self.subject, len(judge.held_out())).float(),
                 torch.stack([self.hue.cos(), self.hue.sin()], dim=1) * 3)
 
 
@@ -40,7 +40,7 @@ def test_the_verdict_is_right_for_the_truth_and_wrong_for_another_hue_scene_or_s
     assert (judge.verdict(Oracle(metas, -46), None, metas)["hue"] == 0).all()
     other = [{**meta, "scene": "snow" if meta["scene"] != "snow" else "beach"} for meta in metas]
     assert (judge.verdict(Oracle(metas), None, other)["scene"] == 0).all()
-    held_out = [i for i, subject in enumerate(sprites.subjects()) if subject.held_out]
+    held_out = judge.held_out()
     other = [{**meta, "subject": held_out[held_out.index(meta["subject"]) - 7]} for meta in metas]
     assert (judge.verdict(Oracle(metas), None, other)["subject"] == 0).all()
 

@@ -111,6 +111,30 @@ def test_only_matrices_decay():
     assert groups[0]["betas"] == (0.9, 0.95)
 
 
+def test_muon_moves_matrices_along_all_their_directions_alike_and_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(48, 20), full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(0, -1.5, 20)) @ v
+    for m in (matrix, matrix.T):
+        found = train.orthogonal(m)
+        values = torch.linalg.svdvals(found)
+        assert found.shape == m.shape and 0.6 < values.min() and values.max() < 1.3
+    across = u.T @ train.orthogonal(matrix) @ v.T              # the directions themselves are kept
+    assert (across - across.diag().diag()).abs().max() < 1e-4
+
+    objective = train.TokenObjective(Mentor(TINY), None)
+    optimizer = train.make_optimizer(objective, 1e-3, muon=True)
+    for p in objective.parameters():
+        p.grad = torch.randn_like(p)
+    before = {name: p.detach().clone() for name, p in objective.mentor.named_parameters()}
+    optimizer.step()
+    kinds = {name: set(optimizer.state[p]) for name, p in objective.mentor.named_parameters()}
+    assert kinds["decoder.layers.0.feed_forward.w1.weight"] == kinds["encoder.connector.0.weight"] == {"step", "momentum"}
+    for name in ("decoder.output.weight", "decoder.tok_embeddings.weight", "decoder.norm.weight"):
+        assert "exp_avg" in kinds[name]
+    assert all((before[name] != p).any() for name, p in objective.mentor.named_parameters())
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--without", "multi"], "stage 2 has no such task"),
     (["--without", "t2i", "--without", "segment", "--without", "recover", "--without", "subject"], "no task"),
@@ -197,8 +221,9 @@ def test_naming_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
     prefix = model.prefix(torch.full((1, 4), TINY.image_id), torch.ones(1, 4, dtype=torch.bool),
                           torch.randn(1, 3, 56, 56))
     wanted = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
-    named = torch.nn.functional.one_hot(wanted, 64).float() * 1000.0                          # (P, 4, V), certain
-    objective.head.forward = lambda rows: named.flatten(1)[:len(rows)]
+    codes = torch.nn.functional.normalize(model.vqgan.quantize.embedding.weight, dim=-1)
+    objective.head.forward = lambda rows: codes[wanted].flatten(1)                            # (P, 4 * e), certain
+    objective.sharpness.data.fill_(5000.0)
     assert objective.naming(prefix, tokens) < 1e-6
     assert (objective.naming(prefix, tokens.flip(1)) > 1000).all()
 
@@ -250,9 +275,13 @@ def test_accumulating_4_x_1_equals_1_x_4(world, tmp_path, stage):
     assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
 
 
+MUON = ["--model", "tiny", "--init", "random"]                 # the stages of the small model train with it
+
+
+@pytest.mark.parametrize("start", [[], MUON])
 @pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
-def test_two_processes_equal_one_on_the_same_global_batch(world, tmp_path, fsdp):
-    flags = ["--micro-batch", 1, "--val", world[1], "--sample-every", 2]
+def test_two_processes_equal_one_on_the_same_global_batch(world, tmp_path, fsdp, start):
+    flags = ["--micro-batch", 1, "--val", world[1], "--sample-every", 2, *start]
     finish(run(command(world, tmp_path / "two", *flags, fsdp), processes=2))
     train.main(command(world, tmp_path / "one", *flags))
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
@@ -287,8 +316,8 @@ def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(world, tmp_path
     assert_same_weights(tmp_path / "cut", tmp_path / "whole", 0)
 
 
-def test_resuming_with_dropout_the_tokenizer_and_its_critic_is_exact_too(world, tmp_path):
-    for stage, init in (("vqgan", []), ("2", ["--init", "random", "--size", "32"])):
+def test_resuming_with_dropout_muon_the_tokenizer_and_its_critic_is_exact_too(world, tmp_path):
+    for stage, init in (("vqgan", []), ("2", ["--init", "random", "--size", "32"]), ("1", MUON)):
         whole, cut = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-cut"
         train.main([*command(world, whole, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
         train.main([*command(world, cut, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
