@@ -443,7 +443,7 @@ def accumulating(model, last):
 
 class Muon(torch.optim.AdamW):
     """AdamW, but the matrices of groups with `muon` go by their momentum made orthogonal: every direction moves alike,
-    which the small model learns from about five times as fast (Jordan et al. 2024, github.com/KellerJordan/Muon; the
+    and the small model needs a third of the samples (Jordan et al. 2024, github.com/KellerJordan/Muon; the
     step's length as Liu et al., arXiv 2502.16982, have it, so that both share one learning rate).
     """
 
@@ -575,7 +575,7 @@ def report(run):
     """Prints what will happen: parts, batch arithmetic, memory and length."""
     args, ranks = run.args, run.ranks
     print(f"stage {args.stage}: " + ", ".join(f"{name} {getattr(args, name)}" for name in
-                                              ("tasks", "epochs", "lr", "prefix_tokens", "prefix_rope", "seed")))
+                                              ("tasks", "epochs", "lr", "muon", "prefix_tokens", "prefix_rope", "seed")))
     for name in PARTS:
         parameters = list(run.mentor.get_submodule(name).parameters())
         millions = sum(p.numel() for p in parameters) / 1e6

@@ -129,7 +129,8 @@ def test_muon_moves_matrices_along_all_their_directions_alike_and_leaves_the_res
     before = {name: p.detach().clone() for name, p in objective.mentor.named_parameters()}
     optimizer.step()
     kinds = {name: set(optimizer.state[p]) for name, p in objective.mentor.named_parameters()}
-    assert kinds["decoder.layers.0.feed_forward.w1.weight"] == kinds["encoder.connector.0.weight"] == {"step", "momentum"}
+    for name in ("decoder.layers.0.feed_forward.w1.weight", "encoder.connector.0.weight"):
+        assert "momentum" in kinds[name]
     for name in ("decoder.output.weight", "decoder.tok_embeddings.weight", "decoder.norm.weight"):
         assert "exp_avg" in kinds[name]
     assert all((before[name] != p).any() for name, p in objective.mentor.named_parameters())
