@@ -574,8 +574,8 @@ class Run:
 def report(run):
     """Prints what will happen: parts, batch arithmetic, memory and length."""
     args, ranks = run.args, run.ranks
-    print(f"stage {args.stage}: " + ", ".join(f"{name} {getattr(args, name)}" for name in
-                                              ("tasks", "epochs", "lr", "muon", "prefix_tokens", "prefix_rope", "seed")))
+    settings = ("tasks", "epochs", "lr", "muon", "prefix_tokens", "prefix_rope", "seed")
+    print(f"stage {args.stage}: " + ", ".join(f"{name} {getattr(args, name)}" for name in settings))
     for name in PARTS:
         parameters = list(run.mentor.get_submodule(name).parameters())
         millions = sum(p.numel() for p in parameters) / 1e6
