@@ -5,12 +5,13 @@
 `VisionJudge` asks any model behind an OpenAI-compatible endpoint for concept preservation and prompt following, as
 DreamBench++ does, with rubrics in our own words.
 
-`Judge` names the scene, the held-out subject and the turn of its hue in a picture of the emoji world. It is trained on
-nothing but true pictures, and its own accuracy on new ones stands beside every score.
+`Judge` names the scene, the held-out subject and its hue in a picture of the emoji world. It is trained on nothing but
+true pictures, and its own accuracy on new ones stands beside every score.
 
 Next: `eval.py`, which draws the pictures and does the sums.
 """
 import base64
+import functools
 import http.client
 import io
 import json
@@ -269,11 +270,20 @@ def plain_prompter():
     return data.Prompter(data.byte_tokenizer(), patches=1, max_tokens=1 << 12)
 
 
+@functools.cache
+def own_hue(subject):
+    """The hue of all of a subject's colours together, before it is turned. -> radians"""
+    pixels = np.asarray(sprites.subjects()[subject].sprite)
+    red, green, blue = pixels[pixels[..., 3] > 127, :3].mean(axis=0)
+    return math.atan2((green - blue) * 3**0.5, 2 * red - green - blue)
+
+
 def truth(metas):
     """What is to be seen: -> scene (B,), subject (B,), a place among the held-out ones, hue in radians (B,)"""
     names, subjects = list(scenes.SCENES), held_out()
-    columns = zip(*((names.index(m["scene"]), subjects.index(m["subject"]), math.radians(m["hue"])) for m in metas))
-    scene, subject, hue = (torch.tensor(column) for column in columns)
+    scene = torch.tensor([names.index(meta["scene"]) for meta in metas])
+    subject = torch.tensor([subjects.index(meta["subject"]) for meta in metas])
+    hue = torch.tensor([own_hue(meta["subject"]) + math.radians(meta["hue"]) for meta in metas])
     return scene, subject, hue
 
 
