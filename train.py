@@ -92,7 +92,7 @@ TINY = {
     "1": replace(STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, epochs=0.112, global_batch=32,
                  lr=2e-3, prefix_tokens=128, micro=16, muon=True, after="pretrain"),
     "2": replace(STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
-                 epochs=0.208, global_batch=32, lr=2e-3, prefix_tokens=128, micro=16, muon=True, after="1"),
+                 epochs=0.64, global_batch=32, lr=2e-3, prefix_tokens=128, micro=16, muon=True, after="1"),
     "multi": replace(STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30, "multi": 30},
                      epochs=0.5, global_batch=32, lr=1e-3, prefix_tokens=192, micro=16, muon=True, after="2"),
 }
