@@ -332,6 +332,7 @@ class PixelObjective(nn.Module):
         fake, codebook_loss, tokens = self.mentor.vqgan(real, quantized=progress >= self.unquantized)
         if self.training and tokens is not None:
             self.used[tokens.flatten()] = True
+        codebook_loss = codebook_loss + 0 * self.mentor.vqgan.quantize.embedding.weight.sum()   # else DDP would miss it
         error = fake - real
         loss = error.abs().mean((1, 2, 3)) + error.square().mean((1, 2, 3)) + codebook_loss
         # edges: neighbours must differ as they do in the picture
