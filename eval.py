@@ -437,9 +437,10 @@ def train_variant(args, name):
             inits[seed] = out = os.path.join(args.out, "_".join(words))      # variants with the same stage 1 share it
             if os.path.exists(os.path.join(out, f"step-{steps:08}")):
                 continue
-            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--model",
-                       "tiny", "--stage", stage, "--init", init, "--out", out, "--seed", str(seed), "--steps",
-                       str(steps), "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0"]
+            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+            command = [sys.executable, script, "--model", "tiny", "--stage", stage, "--init", init, "--out", out,
+                       "--seed", str(seed), "--steps", str(steps), "--global-batch", str(args.global_batch),
+                       "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0"]
             command += [flag for task in without for flag in ("--without", task)]
             command += ["--resume"] if os.path.exists(os.path.join(out, "model.safetensors")) else []
             print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}", flush=True)
@@ -472,8 +473,8 @@ def ablation(args):
             values = [row[task][score] for row in part]
             cells += f"{np.mean(values):7.3f} ({np.ptp(values) / 2:.3f})"
         print(f"{name:36}{cells}   {', '.join(f'{value:.3f}' for value in paper) if paper else '-'}")
-    record = {"steps": args.steps, "samples": args.samples, "init": args.init, "rows": rows}
-    write_json(os.path.join(args.out, "ablation.json"), record)
+    budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch, "samples": args.samples}
+    write_json(os.path.join(args.out, "ablation.json"), {**budget, "rows": rows})
     print(f"wrote {args.out}/ablation.json")
 
 
@@ -516,6 +517,7 @@ def parse(argv):
         if name == "ablation":
             add("--init", default="out/tiny/pretrain", help="what all variants start from")
             add("--steps", type=int, default=900, help="optimizer steps of both stages together (default 900)")
+            add("--global-batch", type=int, default=16, help="samples a step (default 16)")
             add("--seeds", type=int, default=2)
         if name in ("world", "ablation"):
             add("--judge", default="out/judge.safetensors")

@@ -214,6 +214,16 @@ def test_the_small_model_trains_stage_after_stage_from_nothing_on_painted_pictur
     np.testing.assert_allclose(losses("one"), losses(tmp_path / "two"), rtol=1e-4)
 
 
+@pytest.mark.full
+def test_a_new_tokenizer_learns_the_same_on_two_processes_before_and_after_its_codes_are_placed(tmp_path):
+    flags = ["--stage", "vqgan", "--model", "tiny", "--init", "random", "--steps", "101", "--global-batch", "2",
+             "--micro-batch", "1", "--size", "16", "--workers", "0", "--device", "cpu"]   # 3 steps do not quantize
+    finish(run([*flags, "--out", str(tmp_path / "two")], processes=2))
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    np.testing.assert_allclose(losses(tmp_path / "one")[:10], losses(tmp_path / "two")[:10], rtol=1e-3)
+    assert len(losses(tmp_path / "two")) == 101
+
+
 def test_naming_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
     # 2 x 2 patches over 4 x 4 tokens
     model = Mentor(replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16))
