@@ -33,6 +33,8 @@ from sprites import CROWDED, SIZES, Figure, Look, contrast, draw_atlas, hat_on, 
 # What a picture shows, in words
 
 TEMPLATES = ("{it} {where}", "{where}, {it}", "a picture of {it} {where}", "{it}, {where}", "you see {it} {where}")
+SCENE_WORDS = sorted({word for phrases, _ in SCENES.values() for phrase in phrases for word in phrase.split()
+                      if len(word) > 2 and word not in ("the", "and")})
 HATS = ("top hat", "crown", "billed cap", "helmet", "woman's hat", "military helmet")
 
 
@@ -80,6 +82,12 @@ def prompt_of(task, labels, caption):
     return caption if task == "t2i" else data.subject_prompt(labels, caption)
 
 
+def made_up_name(rng, names):
+    """A scene's word and a known name's, in either order: "beach fork", "ringblue"."""
+    words = [pick(rng, SCENE_WORDS), pick(rng, pick(rng, names).split())]
+    return pick(rng, (" ", "")).join(words[::pick(rng, (1, -1))])
+
+
 def captions(n, seed=0):
     """Yields n prompts of all tasks and of all subjects, the held-out ones too: to train a tokenizer on."""
     world = World(held_out=None)
@@ -95,6 +103,7 @@ def captions(n, seed=0):
 
 CONTRAST, TRIES = 105, 8     # least mean distance in RGB of a figure's rim to what it covers; looks tried for it
 STYLED, HATTED, BESIDE = 0.15, 0.1, 0.1      # how often, in the tasks that have room for it
+RENAMED = 0.2                                # how often a made-up name stands for the subject that a reference shows
 PLAIN_REFERENCE = 0.5                        # how often a pair's reference shows a plain colour behind its subject
 STAYS, NEAR, FAR = 0.75, (3, 3, 0.15), (14, 12, 0.35)    # how often a pair's subject moves little; pixels, scale
 
@@ -207,14 +216,16 @@ class EmojiData(Dataset):
 
     weights: {task: its share}, default all of data.TASKS alike; besides them there are "caption" (a picture's caption
     as labels) and "picture" (the target of any task alone, for the tokenizer). length: what counts as an epoch; later
-    samples are new ones. extras: styles, hats and second emoji may come in. A sample also has "meta": what is seen in
-    it, for whoever judges drawn pictures.
+    samples are new ones. extras: styles, hats and second emoji may come in. In training a reference is at times called
+    by a made-up name, or "beach umbrella" and "blueberries", never met before, would be read as scenes. A sample also
+    has "meta": what is seen in it, for whoever judges drawn pictures.
     """
 
     def __init__(self, prompter, image_size=SIZE, clip_size=SIZE, weights=None, seed=0, held_out=False, length=100_000,
                  extras=True):
         self.prompter, self.image_size, self.clip_size, self.seed = prompter, image_size, clip_size, seed
         self.extras, weights = extras, weights or dict.fromkeys(data.TASKS, 1)
+        self.renamed = RENAMED if extras and held_out is False else 0
         self.tasks = [task for task, weight in weights.items() if weight != 0]
         if "caption" in self.tasks and len(self.tasks) > 1:
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
@@ -222,6 +233,7 @@ class EmojiData(Dataset):
         self.shares = shares / shares.sum()
         self.counts = dict(zip(self.tasks, np.round(self.shares * length).astype(int).tolist()))      # expected
         self.problems, self.lines, self.world = [], length, World(held_out)
+        self.names = [subjects()[i].label for i in self.world.known]
 
     def __len__(self):
         return self.lines
@@ -234,6 +246,9 @@ class EmojiData(Dataset):
         prompt, references, target = compose(kind, shot, rng)
         if task in ("caption", "picture"):
             prompt, references = (data.IMAGE, [shot.picture]) if task == "caption" else ("", [])
+        elif references and rng.random() < self.renamed:
+            label, name = shot.script.labels[0], made_up_name(rng, self.names)
+            prompt = prompt.replace(with_article(label), with_article(name)).replace(label, name)
         ids, mask = self.prompter(prompt, len(references))
         refs = [torch.empty(0, 3, self.clip_size, self.clip_size)]
         refs += [data.clip_pixels(reference, self.clip_size)[None] for reference in references]

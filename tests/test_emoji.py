@@ -1,6 +1,7 @@
 """The emoji world: who is in it, that a sample is a function of its number, and that pictures, masks and prompts say
 the same. All of it is painted here; nothing outside the repository is needed."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -159,6 +160,18 @@ def test_batches_of_all_tasks_come_by_their_weights():
             assert prompt.count(data.IMAGE) == places.get(task, 1)
     for task, count in samples.counts.items():
         assert abs(found[task] / 600 - count / 1000) < 0.06, found
+
+
+def test_in_training_a_fifth_of_the_references_go_by_a_made_up_name_and_held_out_ones_never():
+    for held_out, low, high in ((False, 0.1, 0.3), (True, 0, 0)):
+        samples = EmojiData(prompter(), weights={"segment": 1, "subject": 1}, held_out=held_out)
+        renamed = 0
+        for k in range(150):
+            prompt, label = samples[k]["prompt"], samples[k]["meta"]["labels"][0]
+            name = re.search("The (.*) in <image>", prompt)[1]
+            assert prompt.count(name) >= 1 + (samples[k]["task"] == "subject")        # wherever the subject is named
+            renamed += name != label
+        assert low <= renamed / 150 <= high
 
 
 def test_the_tokenizer_and_the_connector_have_their_tasks():
