@@ -88,6 +88,12 @@ def made_up_name(rng, names):
     return pick(rng, (" ", "")).join(words[::pick(rng, (1, -1))])
 
 
+def renamed(prompt, label, name):
+    """The prompt with another name for a subject; "mage" leaves <image> alone."""
+    prompt = re.sub(rf"\ban? {re.escape(label)}\b", with_article(name), prompt)
+    return re.sub(rf"\b{re.escape(label)}\b", name, prompt)
+
+
 def captions(n, seed=0):
     """Yields n prompts of all tasks and of all subjects, the held-out ones too: to train a tokenizer on."""
     world = World(held_out=None)
@@ -225,7 +231,7 @@ class EmojiData(Dataset):
                  extras=True):
         self.prompter, self.image_size, self.clip_size, self.seed = prompter, image_size, clip_size, seed
         self.extras, weights = extras, weights or dict.fromkeys(data.TASKS, 1)
-        self.renamed = RENAMED if extras and held_out is False else 0
+        self.rename = RENAMED if extras and held_out is False else 0
         self.tasks = [task for task, weight in weights.items() if weight != 0]
         if "caption" in self.tasks and len(self.tasks) > 1:
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
@@ -246,9 +252,8 @@ class EmojiData(Dataset):
         prompt, references, target = compose(kind, shot, rng)
         if task in ("caption", "picture"):
             prompt, references = (data.IMAGE, [shot.picture]) if task == "caption" else ("", [])
-        elif references and rng.random() < self.renamed:
-            label, name = shot.script.labels[0], made_up_name(rng, self.names)
-            prompt = prompt.replace(with_article(label), with_article(name)).replace(label, name)
+        elif references and rng.random() < self.rename:
+            prompt = renamed(prompt, shot.script.labels[0], made_up_name(rng, self.names))
         ids, mask = self.prompter(prompt, len(references))
         refs = [torch.empty(0, 3, self.clip_size, self.clip_size)]
         refs += [data.clip_pixels(reference, self.clip_size)[None] for reference in references]

@@ -172,6 +172,8 @@ def test_in_training_a_fifth_of_the_references_go_by_a_made_up_name_and_held_out
             assert prompt.count(name) >= 1 + (samples[k]["task"] == "subject")        # wherever the subject is named
             renamed += name != label
         assert low <= renamed / 150 <= high
+    prompt = "The mage in <image>.\non a stage, a mage wearing a crown"
+    assert emoji.renamed(prompt, "mage", "owl") == "The owl in <image>.\non a stage, an owl wearing a crown"
 
 
 def test_the_tokenizer_and_the_connector_have_their_tasks():
