@@ -32,12 +32,12 @@ SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
 KEY, REF_KEY = "mentor", "mentor-ref-"         # names of the PNG's text chunks
 VIEW = 256                                     # smaller pictures are saved enlarged to about that many pixels a side
 ROOT = os.path.dirname(os.path.abspath(__file__))
-EXAMPLE = os.path.join(ROOT, "assets", "dog_face.png"), "a dog face under water"
+EXAMPLE = os.path.join(ROOT, "assets", "dog_face.png"), "a dog face on a meadow"
 TINY_NEWS = ("weights: tiny, a small model that knows nothing but emoji before painted scenes; --weights mentor "
              "(10 GB, downloaded once) draws what is in photographs")
 TRY = """other things to try:
-  python sample.py --ref assets/dog_face.png --prompt "a dog face wearing a crown, on a meadow" --n 4
-  python sample.py --ref assets/penguin.png --prompt "in the city at night, a penguin"
+  python sample.py --ref assets/dog_face.png --prompt "a dog face under water" --n 4
+  python sample.py --ref assets/penguin.png --prompt "a penguin in the snow"
   python sample.py --ref assets/penguin.png --task segment
   python sample.py --prompt "a pencil sketch of a tropical fish in the snow"
 """
