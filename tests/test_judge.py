@@ -48,7 +48,8 @@ def test_the_verdict_is_right_for_the_truth_and_wrong_for_another_hue_scene_or_s
 def test_segmentation_and_reconstruction_scores_are_perfect_for_the_truth_only():
     samples = true_samples("segment")
     true, metas = torch.stack([s["target"] for s in samples]), [s["meta"] for s in samples]
-    assert (judge.iou(true, metas) > 0.98).all()
+    overlap = judge.iou(true, metas)
+    assert overlap.mean() > 0.98 and overlap.min() > 0.9       # what is almost black itself is lost
     assert (judge.iou(torch.ones_like(true), metas) < 0.5).all()
     close(judge.decibels(true * 0 + 0.2, true * 0), torch.full((6,), 20.0), 1e-3)
     close(judge.distance(true * 0 + 0.2, true * 0), torch.full((6,), 0.1 * 3**0.5), 1e-6)

@@ -43,7 +43,7 @@ def test_without_arguments_the_bundled_model_draws_an_example_and_says_what_else
     assert result.returncode == 0, result.stderr
     assert "'The dog face in <image>.\\na dog face on a meadow'" in result.stdout
     assert result.stdout.count("knows nothing but emoji") == 1 and "--weights mentor" in result.stdout
-    picture = Image.open(tmp_path / "out" / "a-dog-face-under-water.png")
+    picture = Image.open(tmp_path / "out" / "a-dog-face-on-a-meadow.png")
     assert picture.size == (256, 256)                          # 64 pixels, enlarged to look at
     assert numpy.asarray(picture.convert("RGB")).std() > 20
     commands = [line.split() for line in result.stdout.splitlines() if line.startswith("  python sample.py")]
