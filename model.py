@@ -124,7 +124,7 @@ def size_config(size):
             decoder=replace(decoder, multiple_of=64, codes=512, dropout=0.0, prefix_rope="grid", rope_base=100.0),
             vqgan=VQConfig(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent=64, codes=512),
             prefix_tokens=128, image_size=64, image_id=1536,
-            sampling=Sampling(cfg_scale=2.5, temperature=0.9, top_k=512, top_p=0.8))
+            sampling=Sampling(cfg_scale=2.0, temperature=0.9, top_k=512, top_p=0.8))
     if size != "toy":
         return MentorConfig(decoder=decoder)
     return MentorConfig(

@@ -86,7 +86,7 @@ def test_dreambench_scores_every_prompt_and_two_processes_finish_what_one_began(
     flags += ["--device", "cpu"]
     evaluation.main([*flags, "--out", str(tmp_path / "one")])
     settings, *rows = read(tmp_path / "one")
-    assert settings["cfg_scale"] == 2.5 and settings["size"] == 64
+    assert settings["cfg_scale"] == 2.0 and settings["size"] == 64
     assert {row["prompt"] for row in rows} == {
         "The toy in <image>.\na toy on the beach", "The toy in <image>.\na red toy",
         "The dog in <image>.\na dog in a chef outfit"}
