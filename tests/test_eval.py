@@ -200,8 +200,8 @@ def test_the_bundled_model_copies_subjects_it_has_never_seen_and_does_so_from_th
         copied = evaluation.score_task(mentor, None, "reconstruct", args)[0]
         mentor.prefix = lambda ids, mask, refs, plain=mentor.prefix: plain(ids, mask, refs.roll(1, 0))
         astray = evaluation.score_task(mentor, None, "segment", args)[0]
-    assert segmented["iou"].mean() > 0.65 and astray["iou"].mean() < 0.5
-    assert copied["psnr"].mean() > 19
+    assert segmented["iou"].mean() > 0.8 and astray["iou"].mean() < 0.4
+    assert copied["psnr"].mean() > 22.5
 
 
 def test_the_bundled_model_draws_the_background_that_the_prompt_names():
