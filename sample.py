@@ -8,7 +8,7 @@
     python sample.py --like out/a-dog-in-the-snow.png --cfg 3            # again, with one setting changed
 
 Every PNG carries its settings and its reference pictures, so `--like picture.png` needs nothing but the weights.
-Next: `train.py`, or back to `model.py`, where `Mentor.draw` does the work.
+`Mentor.draw` in `model.py` does the work. Next: `train.py`.
 """
 import argparse
 import base64
@@ -29,6 +29,7 @@ from weights import BUNDLED, HUB
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLING = ("cfg_scale", "temperature", "top_k", "top_p")
+ASKED = ("text", "task", "subjects", "refs", "seed", "n")      # settings that do not come from the weights
 KEY, REF_KEY = "mentor", "mentor-ref-"         # names of the PNG's text chunks
 VIEW = 256                                     # smaller pictures are saved enlarged to about that many pixels a side
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -84,21 +85,28 @@ def read_like(path):
         settings = json.loads(chunks[KEY])
         refs = [Image.open(io.BytesIO(base64.b64decode(chunks[f"{REF_KEY}{i}"]))).convert("RGB")
                 for i in range(settings["refs"])]
-    except (KeyError, ValueError, OSError):
+    except (KeyError, TypeError, ValueError, OSError):
         raise InputError(f"{path}: carries no settings; only a PNG that sample.py wrote and nothing has changed can "
                          f"be drawn again") from None
     return settings, refs
 
 
-def compose(args):
+def settle(args):
     """Command line -> (settings, reference pictures): everything that decides what the picture will be."""
     settings, refs = read_like(args.like) if args.like else ({}, [])
+    if args.weights not in (None, settings.get("weights")):    # what came with the other weights stays with them
+        settings = {name: value for name, value in settings.items() if name in ASKED}
     if args.ref:
         refs = [data.open_image(path) for path in args.ref]
-    elif args.subject:
-        raise InputError("--subject names a reference picture; add a --ref for each")
-    if args.ref or args.prompt or args.task or not args.like:
-        settings["prompt"] = prompt_for(args, len(refs))
+        settings["subjects"] = [data.subject_of(path) for path in args.ref]
+    if args.subject:
+        if len(args.subject) != len(refs):
+            raise InputError(f"{len(args.subject)} --subject were given for {len(refs)} --ref; --subject names a "
+                             f"reference picture, so give one for each or none")
+        settings["subjects"] = args.subject
+    if args.prompt or args.task:
+        settings |= {"text": args.prompt or "", "task": args.task}
+    settings["prompt"] = prompt_for(settings, len(refs))
     for name in ("seed", "n", "size", "weights", "prefix_rope", "dtype") + SAMPLING:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
@@ -111,23 +119,21 @@ def compose(args):
     return settings, refs
 
 
-def prompt_for(args, n_refs):
-    """The prompt the network reads, by the template of the task."""
-    prompt = args.prompt or ""
-    if args.task and n_refs != 1:
-        raise InputError(f"--task {args.task} takes one --ref but {n_refs} were given")
-    if args.subject and len(args.subject) != n_refs:
-        raise InputError(f"{len(args.subject)} --subject were given for {n_refs} --ref; name each one or none")
-    if data.IMAGE in prompt:
-        return prompt
-    subjects = args.subject or [data.subject_of(path) for path in args.ref or []] or ["subject"] * n_refs
-    if args.task == "segment":
+def prompt_for(settings, n_refs):
+    """The prompt the network reads: the text as it stands where it says <image>, else by the template of the task."""
+    task, text = settings.get("task"), settings.get("text", "")
+    subjects = settings.get("subjects") or ["subject"] * n_refs
+    if task and n_refs != 1:
+        raise InputError(f"--task {task} takes one --ref but {n_refs} were given")
+    if data.IMAGE in text:
+        return text
+    if task == "segment":
         return data.segment_prompt(subjects[0])
-    if args.task == "reconstruct":
-        return data.reconstruct_prompt(prompt)
-    if not prompt.strip():
+    if task == "reconstruct":
+        return data.reconstruct_prompt(text)
+    if not text.strip():
         raise InputError('there is nothing to draw; add --prompt "..."')
-    return data.subject_prompt(subjects, prompt) if n_refs else prompt
+    return data.subject_prompt(subjects, text) if n_refs else text
 
 
 def pick_device(name):
@@ -181,6 +187,20 @@ def save(image, path, settings, refs):
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
+def write(pictures, path, settings, refs):
+    """One picture to `path`; several beside it, each with its own seed, and a contact sheet to `path`."""
+    if len(pictures) > 1:
+        names = []
+        for seed, picture in enumerate(pictures, settings["seed"]):
+            names.append(f"{path[:-4]}-{seed}.png")
+            save(picture, names[-1], {**settings, "seed": seed, "n": 1}, refs)
+        save(data.contact_sheet(pictures), path, settings, refs)
+        print(f"wrote {names[0]} to {names[-1]} and the sheet {path}")
+    else:
+        save(pictures[0], path, settings, refs)
+        print(f"wrote {path}")
+
+
 def main(argv=None):
     """The command line: settings, model, pictures, files."""
     args = parse(argv)
@@ -189,7 +209,7 @@ def main(argv=None):
     example = not (args.prompt or args.ref or args.subject or args.task or args.like)
     if example:
         args.ref, args.prompt = [EXAMPLE[0]], EXAMPLE[1]
-    settings, refs = compose(args)
+    settings, refs = settle(args)
     path = out_name(args.out, settings["prompt"])
     probe_folder(path)
     device = pick_device(args.device)
@@ -202,7 +222,8 @@ def main(argv=None):
         print("weights: random, so the picture will be noise; --weights tiny or mentor (or a folder) draw in earnest")
     if settings["weights"] == "tiny":
         print(TINY_NEWS)
-    if args.compile if args.compile is not None else sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8:
+    large = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
+    if args.compile or args.compile is None and large:
         mentor.decoder.compile_blocks()
     settings["prefix_rope"] = mentor.config.decoder.prefix_rope
     settings["size"] = mentor.check_size(settings.get("size") or mentor.config.image_size)
@@ -216,18 +237,8 @@ def main(argv=None):
     start = time.perf_counter()
     pictures = mentor.draw(settings["prompt"], refs, settings["seed"], settings["n"], settings["size"], progress=True,
                            offload=args.offload, **{name: settings[name] for name in SAMPLING})
-    pictures = [enlarged(picture) for picture in pictures]
     seconds = time.perf_counter() - start
-    if settings["n"] > 1:
-        for i, picture in enumerate(pictures):
-            seed = settings["seed"] + i
-            save(picture, f"{path[:-4]}-{seed}.png", {**settings, "seed": seed, "n": 1}, refs)
-        save(data.contact_sheet(pictures), path, settings, refs)
-        print(f"wrote {path[:-4]}-{settings['seed']}.png to -{settings['seed'] + settings['n'] - 1}.png "
-              f"and the sheet {path}")
-    else:
-        save(pictures[0], path, settings, refs)
-        print(f"wrote {path}")
+    write([enlarged(picture) for picture in pictures], path, settings, refs)
     print(f"{seconds / settings['n']:.1f} s a picture of {settings['size']} x {settings['size']} pixels")
     if example:
         print(TRY)
