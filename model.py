@@ -8,7 +8,7 @@ The decoder is LlamaGen's, which is Llama's with rows and columns in place of po
 the sizes, the decoder and its cache, the drawing of tokens, and the whole model.
 
 Shape letters: B batch, S prefix rows, T image tokens (grid * grid), L = S + T, C T5's width, D the decoder's width,
-H heads, V codes. Next: `sample.py` to use it, `train.py` to train it, `weights.py` for how public files are read.
+H heads, hd channels a head, V codes, t tokens so far. Next: `vqgan.py`, which makes pictures of tokens.
 """
 import json
 import math
@@ -31,7 +31,7 @@ from vqgan import VQGAN, VQConfig
 
 SIZES = {           # layers, heads, width of the decoder; parameters with 16,384 codes
     "toy": (2, 4, 64),         # random weights that run anywhere in a second
-    "tiny": (4, 6, 192),       # 1.8 M, trained from nothing on the emoji world (emoji.py)
+    "tiny": (4, 6, 192),       # 2.0 M with its 512 codes, trained from nothing on the emoji world (emoji.py)
     "B": (12, 12, 768),        # 111 M
     "L": (24, 16, 1024),       # 343 M
     "XL": (36, 20, 1280),      # 775 M, MENTOR's
@@ -100,6 +100,7 @@ class MentorConfig:
     prefix_tokens: int = 512         # the longest prefix S
     image_size: int = 512            # the largest picture, pixels a side
     image_id: int = 32100            # T5's id of `<image>`
+    untrained: tuple = ()            # parts that no file held and no stage has trained, as train.PARTS names them
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
@@ -117,22 +118,21 @@ def size_config(size):
     """A row of SIZES as a MentorConfig; all but "toy" and "tiny" have the published encoders."""
     layers, heads, width = SIZES[size]
     decoder = DecoderConfig(layers, heads, width)
+    if size == "toy":
+        return MentorConfig(
+            vision=VisionConfig(width=64, layers=3, heads=4, mlp=256, patch_size=28),
+            t5=T5Config(width=64, layers=2, heads=4, head_dim=16, mlp=128, vocab_size=260),
+            decoder=replace(decoder, codes=1024), vqgan=VQConfig(channels=16, res_blocks=1, latent=32, codes=1024),
+            image_size=256, sampling=Sampling(cfg_scale=3.0))
     if size == "tiny":
         return MentorConfig(
             vision=VisionConfig(width=192, layers=4, heads=6, mlp=576, image_size=64, patch_size=8),
             t5=T5Config(width=192, layers=3, heads=6, head_dim=32, mlp=512, vocab_size=1540, dropout=0.0),
             decoder=replace(decoder, multiple_of=64, codes=512, dropout=0.0, prefix_rope="grid", rope_base=100.0),
             vqgan=VQConfig(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent=64, codes=512),
-            prefix_tokens=128, image_size=64, image_id=1536,
+            prefix_tokens=128, image_size=64,
             sampling=Sampling(cfg_scale=2.0, temperature=0.9, top_k=512, top_p=0.8))
-    if size != "toy":
-        return MentorConfig(decoder=decoder)
-    return MentorConfig(
-        vision=VisionConfig(width=64, layers=3, heads=4, mlp=256, image_size=224, patch_size=28),
-        t5=T5Config(width=64, layers=2, heads=4, head_dim=16, mlp=128, vocab_size=260),
-        decoder=replace(decoder, codes=1024),
-        vqgan=VQConfig(channels=16, res_blocks=1, latent=32, codes=1024),
-        prefix_tokens=512, image_size=256, sampling=Sampling(cfg_scale=3.0, top_k=1000))
+    return MentorConfig(decoder=decoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +175,11 @@ class Projector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The decoder
 
+def additive(attend, dtype):
+    """A mask to be added to scores: 0 where True, -inf where False."""
+    return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, -math.inf)
+
+
 def make_mask(valid, dtype=torch.float32):
     """Causal, padded keys hidden, the diagonal always open so that no row is empty.
 
@@ -185,11 +190,6 @@ def make_mask(valid, dtype=torch.float32):
     causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
     diagonal = torch.eye(length, dtype=torch.bool, device=valid.device)
     return additive((causal & valid[:, None, :]) | diagonal, dtype).unsqueeze(1)          # (B, 1, L, L)
-
-
-def additive(attend, dtype):
-    """A mask to be added to scores: 0 where True, -inf where False."""
-    return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, -math.inf)
 
 
 class KVCache:
@@ -228,16 +228,16 @@ class Linear(nn.Linear):
     """A product without bias. With a few rows its time is that of reading the weight, which on a CPU the ordinary
     product does at a fifth of the memory's speed, with the weight at the left at half, and compiled sums at most."""
 
-    def __init__(self, rows, columns):
-        super().__init__(rows, columns, bias=False)
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, bias=False)
 
     def forward(self, x):
         """(..., in) -> (..., out)"""
-        rows = x.numel() // x.size(-1)
-        if x.device.type != "cpu" or rows > SOME:
+        n = x.numel() // x.size(-1)
+        if x.device.type != "cpu" or n > SOME:
             return F.linear(x, self.weight)
-        flat = x.reshape(rows, -1)                                                        # (n, in)
-        if rows <= FEW and torch.compiler.is_compiling():
+        flat = x.reshape(n, -1)                                                           # (n, in)
+        if n <= FEW and torch.compiler.is_compiling():
             y = few_rows(flat, self.weight)                                               # (n, out)
         else:
             y = (self.weight @ flat.t()).t()
@@ -420,13 +420,11 @@ class Mentor(nn.Module):
         if tokenizer and self.prompter.image_id != config.image_id:
             raise InputError(f"the tokenizer gives {data.IMAGE} the id {self.prompter.image_id} but the weights expect "
                              f"{config.image_id}; use the tokenizer.json that belongs to them")
-        self.untrained = ()        # parts that the files given did not hold
-        if next(self.parameters()).device.type != "meta":
-            for part in (self.projector, self.decoder):
-                for module in part.modules():
-                    if isinstance(module, (nn.Linear, nn.Embedding)):
-                        nn.init.normal_(module.weight, std=0.02)
-            nn.init.zeros_(self.decoder.output.weight)
+        for part in (self.projector, self.decoder):
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.decoder.output.weight)
 
     @property
     def device(self):
@@ -451,8 +449,7 @@ class Mentor(nn.Module):
         h = left_pad(self.encoder(ids, mask, refs), mask)                                 # (B, S, C)
         if drop is not None:
             h = torch.where(drop[:, None, None], self.projector.uncond[-h.size(1):].type_as(h), h)
-        is_image = left_pad(ids == self.config.image_id, mask).bool()
-        return self.project(h, left_pad(mask, mask).bool(), is_image)
+        return self.project(h, left_pad(mask, mask), left_pad(ids == self.config.image_id, mask))
 
     def unconditional(self, prefix):
         """The learned rows in place of the prompt, under the same mask and at the same length. -> Prefix"""
@@ -469,16 +466,16 @@ class Mentor(nn.Module):
         return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none"), logits
 
     @torch.inference_mode()
-    def generate(self, prefix, seeds, sampling=None, grid=None, tokens=None, progress=False):
+    def generate(self, prefix, seeds, sampling=None, grid=None, count=None, progress=False):
         """Draws the image tokens behind a prefix, row i with seeds[i] and so whatever its batch.
 
         Guidance runs condition and unconditional rows as one batch: logits = u + cfg_scale * (c - u).
-        grid: tokens a side, default the config's; tokens: how many to draw, default all grid * grid.
-        -> (B, tokens) int64
+        grid: tokens a side, default the config's; count: how many to draw, default all grid * grid.
+        -> (B, count) int64
         """
         sampling, grid = sampling or self.config.sampling, grid or self.config.grid
         sampling.check(self.config.decoder.codes)
-        batch, count = len(prefix.rows), tokens or grid * grid
+        batch, count = len(prefix.rows), count or grid * grid
         guided = sampling.cfg_scale != 1
         if guided:
             prefix = Prefix(*map(torch.cat, zip(prefix, self.unconditional(prefix))))     # (2B, S, D)
@@ -521,7 +518,7 @@ class Mentor(nn.Module):
         -> list of n PIL pictures
         """
         size = self.check_size(size or self.config.image_size)
-        if refs and "connector" in self.untrained:
+        if refs and "encoder.connector" in self.config.untrained:
             raise InputError("these weights hold no trained connector, so they cannot see reference pictures; "
                              "leave out the references or use MENTOR's weights")
         if refs and data.IMAGE not in prompt:
@@ -579,7 +576,7 @@ class Mentor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, weights, **options):
-        """Reads weights: "random", a name of HUB, a hub repository, or a local folder; see `weights.load`."""
+        """Reads weights: "tiny", "mentor", a folder, a hub repository, "random-XL", ...; see `weights.load`."""
         from weights import load               # it imports this file
         return load(weights, **options)
 

@@ -26,18 +26,15 @@ from encoder import CLIP_NAMES, T5_NAMES, Connector
 from model import SIZES, Mentor, MentorConfig, size_config
 from rope2d import PREFIX_ROPE
 
+TOKENIZER = ("google/flan-t5-xl", "tokenizer.json")
+ENCODERS = (("openai/clip-vit-large-patch14", "model.safetensors"),
+            ("google/flan-t5-xl", "model.safetensors.index.json"), TOKENIZER)
+VQ16, LLAMAGEN_VQ16 = ("BleachNick/Mentor", "vq_ds16_t2i.pt"), ("peizesun/llamagen_t2i", "vq_ds16_t2i.pt")
 HUB = {     # name for --weights: the public files it is made of, as (repository, file)
-    "mentor": (("BleachNick/Mentor", "stage2.pt"), ("BleachNick/Mentor", "vq_ds16_t2i.pt"),
-               ("google/flan-t5-xl", "tokenizer.json")),
-    "generator": (("BleachNick/Mentor", "generator_ckpt.pt"), ("BleachNick/Mentor", "vq_ds16_t2i.pt"),
-                  ("openai/clip-vit-large-patch14", "model.safetensors"),
-                  ("google/flan-t5-xl", "model.safetensors.index.json"), ("google/flan-t5-xl", "tokenizer.json")),
-    "llamagen": (("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt"), ("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"),
-                 ("openai/clip-vit-large-patch14", "model.safetensors"),
-                 ("google/flan-t5-xl", "model.safetensors.index.json"), ("google/flan-t5-xl", "tokenizer.json")),
-    "llamagen-256": (("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt"), ("peizesun/llamagen_t2i", "vq_ds16_t2i.pt"),
-                     ("openai/clip-vit-large-patch14", "model.safetensors"),
-                     ("google/flan-t5-xl", "model.safetensors.index.json"), ("google/flan-t5-xl", "tokenizer.json")),
+    "mentor": (("BleachNick/Mentor", "stage2.pt"), VQ16, TOKENIZER),
+    "generator": (("BleachNick/Mentor", "generator_ckpt.pt"), VQ16, *ENCODERS),
+    "llamagen": (("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt"), LLAMAGEN_VQ16, *ENCODERS),
+    "llamagen-256": (("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt"), LLAMAGEN_VQ16, *ENCODERS),
 }
 BUNDLED = {"tiny": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}   # in the repository
 OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -58,7 +55,7 @@ MARKS = (   # a tensor whose name starts so tells the kind of file; the first th
     ("mentor", "multimodal_encoder."), ("decoder", "tok_embeddings."), ("vqgan", "quantize.embedding."),
     ("clip", "vision_model."), ("t5", "encoder.block.0."), ("connector", "model.mm_projector."),
 )
-EXTRAS = re.compile(   # in public files, but of no use here: bookkeeping, aliases, CLIP's text half
+EXTRAS = re.compile(   # in public files, but of no use here: bookkeeping, aliases, what CLIP needs only for scores
     r"(position_ids|quantize\.codebook_used|(encoder|decoder)\.embed_tokens\.weight)$"
     r"|^(text_model|text_projection|visual_projection|logit_scale)\b")
 T5_DECODER = re.compile(r"^(decoder\.|lm_head\.)")
@@ -81,6 +78,12 @@ def public_names(model, kind):
     return names
 
 
+def shards(index):
+    """The files that a shard index (.json) names."""
+    with open(index) as file:
+        return sorted(set(json.load(file)["weight_map"].values()))
+
+
 def read_tensors(path):
     """{name: tensor} of a .safetensors file, a shard index (.json) or a pickle, memory-mapped where possible.
 
@@ -91,9 +94,7 @@ def read_tensors(path):
         if path.endswith(".safetensors"):
             return load_file(path)
         if path.endswith(".json"):
-            with open(path) as file:
-                shards = sorted(set(json.load(file)["weight_map"].values()))
-            return {k: v for shard in shards for k, v in
+            return {k: v for shard in shards(path) for k, v in
                     read_tensors(os.path.join(os.path.dirname(path), shard)).items()}
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
@@ -121,10 +122,10 @@ def read_tensors(path):
     return tensors
 
 
-def fill_in(model, tensors, names, path, dtype=None):
-    """Puts tensors into the model without copying; raises InputError naming all that is missing, extra or mis-shaped.
+def fill_in(model, tensors, names, path):
+    """Puts tensors into the model; raises InputError naming all that is missing, extra or mis-shaped.
 
-    names: {name in the file: our name}, complete for the parts the file speaks of.
+    names: {name in the file: our name}, complete for the parts the file speaks of. fp32 tensors are not copied.
     """
     state, problems, picked = model.state_dict(), [], {}
     for public, ours in names.items():
@@ -133,7 +134,7 @@ def fill_in(model, tensors, names, path, dtype=None):
         elif tensors[public].shape != state[ours].shape:
             problems.append(f"{public} is {list(tensors[public].shape)} but should be {list(state[ours].shape)}")
         else:
-            picked[ours] = tensors[public].to(dtype or torch.float32)
+            picked[ours] = tensors[public].float()
     problems += [f"{name} is not part of this model" for name in tensors if name not in names]
     if problems:
         more = f" and {len(problems) - 8} more problems" if len(problems) > 8 else ""
@@ -156,13 +157,15 @@ def load_public(model, path, tensors, kind):
     fill_in(model, tensors, names, path)
 
 
-def lengthen(tensors, name, rows):
-    """Gives a shorter unconditional table that many rows: the old ones come first, as in the release, then noise."""
+def lengthen(tensors, name, rows, last=False):
+    """Gives a shorter unconditional table that many rows, the new ones noise. The old ones come first, as in the
+    release, though prompts, padded at the left, read the table from its end; with `last` they stay where they are read.
+    """
     table = tensors.get(name)
     if table is not None and len(table) < rows:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(rows - len(table), table.size(1), generator=generator) / table.size(1)**0.5
-        tensors[name] = torch.cat([table, noise.type_as(table)])
+        tensors[name] = torch.cat([noise.type_as(table), table] if last else [table, noise.type_as(table)])
 
 
 def public_config(files):
@@ -221,9 +224,8 @@ def locate(weights):
     for repo, name in HUB.get(weights) or [(weights, name) for name in OWN_FILES]:
         paths.append(download(repo, name))
         if name.endswith(".index.json"):
-            with open(paths[-1]) as file:
-                for shard in sorted(set(json.load(file)["weight_map"].values())):
-                    download(repo, shard)
+            for shard in shards(paths[-1]):
+                download(repo, shard)
     return paths
 
 
@@ -246,11 +248,10 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
         return model.cast(device, dtype, offload)
     paths = {os.path.basename(path): path for path in locate(weights)}
-    tokenizer = data.load_tokenizer(paths["tokenizer.json"]) if "tokenizer.json" in paths else None
     if "config.json" in paths and "model.safetensors" in paths:
-        model = load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder)
+        model = load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder)
     else:
-        model = load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder, log)
+        model = load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log)
     return model.cast(device, dtype, offload).eval()
 
 
@@ -265,8 +266,17 @@ def config_from_dict(cls, values):
     return cls(**made)
 
 
-def load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder):
+def tokenizer_in(weights, paths):
+    """The tokenizer among the files of some weights."""
+    if "tokenizer.json" not in paths:
+        raise InputError(f"{weights}: tokenizer.json is missing; copy the one that belongs to these weights, FLAN-T5's "
+                         f"with public files, into the folder")
+    return data.load_tokenizer(paths["tokenizer.json"])
+
+
+def load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder):
     """A folder that save_pretrained wrote."""
+    tokenizer = tokenizer_in(weights, paths)
     try:
         with open(paths["config.json"]) as file:
             config = config or config_from_dict(MentorConfig, json.load(file))
@@ -279,12 +289,12 @@ def load_folder(paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder
                    if not name.startswith(("encoder.t5.decoder.", "encoder.t5.lm_head."))}
     with torch.device("meta"):
         model = Mentor(config, tokenizer, t5_decoder)
-    lengthen(tensors, "projector.uncond", config.prefix_tokens)
+    lengthen(tensors, "projector.uncond", config.prefix_tokens, last=True)
     fill_in(model, tensors, {name: name for name in model.state_dict()}, paths["model.safetensors"])
     return model
 
 
-def load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tokens, t5_decoder, log):
+def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log):
     """A set of public files, told apart by the names of the tensors in them."""
     files = {}                                 # kind -> (path, tensors)
     for name, path in paths.items():
@@ -300,8 +310,10 @@ def load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tok
     needed = {"vqgan"} | (set() if "mentor" in files else {"decoder", "t5", "clip"})
     if missing := sorted(needed - set(files)):
         raise InputError(f"{weights}: no file there holds the {' or the '.join(missing)}; add it (README, weights)")
-    if tokenizer is None:
-        raise InputError(f"{weights}: tokenizer.json is missing; copy FLAN-T5's into the folder")
+    tokenizer = tokenizer_in(weights, paths)
+    for kind in ("decoder", "t5", "connector") if "mentor" in files else ():
+        if kind in files:
+            log(f"{files.pop(kind)[0]}: is not used, for {files['mentor'][0]} holds a {kind} of its own")
     if "mentor" in files and "clip" in files:  # the release may have re-initialised CLIP, so its own tensors win
         path, own = files["mentor"]
         tower = {LAYOUTS["mentor"][0][3] + name: tensor for name, tensor in files.pop("clip")[1].items()
@@ -320,7 +332,7 @@ def load_public_files(weights, paths, tokenizer, config, prefix_rope, prefix_tok
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)               # the same on every rank
             model.encoder.connector = Connector(config.vision.width, config.t5.width, config.connector)
-        model.untrained = ("connector",)
+        model.config = replace(model.config, untrained=("encoder.connector",))
         log(f"{weights}: holds no connector; a new, untrained one is used, good for text to image only")
     return model
 

@@ -162,6 +162,24 @@ def test_a_shorter_unconditional_table_fills_the_first_rows(tmp_path):
     assert longer.prompter.max_tokens == 100
 
 
+def test_a_saved_models_unconditional_rows_stay_where_prompts_read_them(tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path / "f")
+    longer = weights.load(tmp_path / "f", prefix_tokens=100)
+    close(longer.projector.uncond[-64:], model.projector.uncond, 0)
+    drawn = [m.draw("a cat", seed=3)[0].tobytes() for m in (model, longer)]      # with guidance
+    assert drawn[0] == drawn[1]
+
+
+def test_a_checkpoint_of_mentor_wins_over_other_files_of_its_parts(tmp_path):
+    model, news = random_model(), []
+    folder = write_folder(tmp_path, model, ["mentor", "vqgan"])
+    for kind in ("decoder", "t5"):
+        torch.save(public(random_model(1), kind), tmp_path / f"another_{kind}.pt")
+    assert same(model, load(folder, log=news.append))
+    assert [f"another_{kind}.pt: is not used" in line for kind, line in zip(("decoder", "t5"), news)] == [True, True]
+
+
 def test_the_checkpoints_own_clip_wins_and_a_difference_is_reported(tmp_path):
     model, news = random_model(), []
     folder = write_folder(tmp_path, model, ["mentor", "vqgan", "clip"])
@@ -187,8 +205,10 @@ def test_without_a_connector_only_text_to_image_is_possible(tmp_path):
     news = []
     model = load(write_folder(tmp_path, random_model(), ["decoder", "vqgan", "t5", "clip"]), log=news.append)
     assert "no connector" in news[0] and model.draw("a cat")[0].size == (24, 24)
-    with pytest.raises(InputError, match="no trained connector"):
-        model.draw("a cat", refs=["cat.jpg"])
+    model.save_pretrained(tmp_path / "saved")
+    for model in (model, weights.load(tmp_path / "saved")):
+        with pytest.raises(InputError, match="no trained connector"):
+            model.draw("a cat", refs=["cat.jpg"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,6 +286,10 @@ def test_folders_that_hold_too_little_or_too_much_say_so(tmp_path):
     torch.save({"strange": torch.zeros(1)}, tmp_path / "another.pt")
     with pytest.raises(InputError, match="another.pt: its tensors .strange"):
         load(folder)
+    random_model().save_pretrained(tmp_path / "f")
+    os.remove(tmp_path / "f" / "tokenizer.json")
+    with pytest.raises(InputError, match="tokenizer.json is missing"):
+        weights.load(tmp_path / "f")
 
 
 def test_a_folder_with_a_damaged_configuration_is_named(tmp_path):
