@@ -465,14 +465,17 @@ def ablation(args):
             with open(path, encoding="utf-8") as file:
                 rows.append({"variant": name, "seed": seed, "paper": paper, **json.load(file)})
     print(f"judge on true pictures: {said(judges.examine(network))}")
-    print(f"{'mean (half the range over seeds)':36}" + "".join(f"{c:>14}" for c in ("CP", "PF", "CP*PF", "CP/PF", "L2"))
+    columns = {"CP": ("subject", "cp"), "PF": ("subject", "pf"), "CP*PF": ("subject", "cp*pf"),
+               "CP/PF": ("subject", "cp/pf"), "hue": ("subject", "hue"), "IoU": ("segment", "iou"),
+               "L2": ("reconstruct", "l2")}
+    print(f"{'mean, half the range over seeds':32}" + "".join(f"{column:>13}" for column in columns)
           + "   paper: CP, PF, CP*PF")
     for name, (_, _, paper) in VARIANTS.items():
         part, cells = [row for row in rows if row["variant"] == name], ""
-        for task, score in (*(("subject", score) for score in ("cp", "pf", "cp*pf", "cp/pf")), ("reconstruct", "l2")):
+        for task, score in columns.values():
             values = [row[task][score] for row in part]
-            cells += f"{np.mean(values):7.3f} ({np.ptp(values) / 2:.3f})"
-        print(f"{name:36}{cells}   {', '.join(f'{value:.3f}' for value in paper) if paper else '-'}")
+            cells += f"{np.mean(values):7.3f} {np.ptp(values) / 2:.3f}"
+        print(f"{name:32}{cells}   {', '.join(f'{value:.3f}' for value in paper) if paper else '-'}")
     budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch, "samples": args.samples}
     write_json(os.path.join(args.out, "ablation.json"), {**budget, "rows": rows})
     print(f"wrote {args.out}/ablation.json")
