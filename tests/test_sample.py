@@ -71,16 +71,16 @@ def test_a_picture_can_be_made_again_from_its_file_alone(tmp_path):
     draw("--like", tmp_path / "a-5.png", "--seed", 4, "--out", tmp_path / "d.png")
     assert pixels(tmp_path / "d.png") == pixels(tmp_path / "a-4.png")
     settings = json.loads(Image.open(tmp_path / "d.png").info["mentor"])
-    assert settings == {"prompt": "The dog in <image>.\nx", "text": "x", "task": None, "subjects": ["dog"], "seed": 4, "n": 1, "size": 128, "weights": "random",
-                        "prefix_rope": "identity", "dtype": "fp32", "cfg_scale": 2.0, "temperature": 1.0,
-                        "top_k": 1000, "top_p": 0.9, "refs": 1}
+    assert settings == {"prompt": "The dog in <image>.\nx", "text": "x", "task": None, "subjects": ["dog"], "seed": 4,
+                        "n": 1, "size": 128, "weights": "random", "prefix_rope": "identity",
+                        "dtype": "fp32", "cfg_scale": 2.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.9, "refs": 1}
 
 
 def test_a_setting_changed_in_a_picture_made_earlier_leaves_the_others(tmp_path):
     def settings_of(*args):
         draw(*args, "--out", tmp_path / "b.png")
         return json.loads(Image.open(tmp_path / "b.png").info["mentor"])
-    draw("--ref", DOG, "--prompt", "x", "--seed", 4, "--top-k", 9, "--size", 64, "--out", tmp_path / "a.png")
+    draw("--ref", DOG, "--prompt", "x", "--seed", 4, "--top-k", 9, "--size", 32, "--out", tmp_path / "a.png")
     like = ["--like", tmp_path / "a.png"]
     assert settings_of(*like, "--prompt", "y")["prompt"] == "The dog in <image>.\ny"
     assert settings_of(*like, "--subject", "corgi")["prompt"] == "The corgi in <image>.\nx"
