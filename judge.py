@@ -40,8 +40,8 @@ from weights import download, fill_in, public_name, read_tensors
 
 TRAIN_SEED, TRUE_SEED = 71, 72        # of the judge's training and of its examination
 HUE_TOLERANCE = 45                    # degrees that a right hue may be off
-BLACK = 0.2      # brightness, of 1, above which a drawn segmentation is not background: here the tokenizer's copies of
-                 # training subjects agree best with the masks (IoU 0.935; 0.915 at 0.12, 0.936 at 0.25)
+BLACK = 0.2      # brightness, of 1, above which a drawn segmentation is not background: from here on the tokenizer's
+                 # copies of training subjects agree best with the masks (IoU 0.935; 0.915 at 0.12, 0.936 at 0.25)
 NETWORKS = {     # what scores, unless a folder is named: (repository, files)
     "clip": ("openai/clip-vit-base-patch32", ("pytorch_model.bin", "vocab.json", "merges.txt")),
     "dino": ("facebook/dino-vits16", ("pytorch_model.bin",)),
@@ -230,7 +230,7 @@ class VisionJudge:
             except Unreachable as error:
                 reason = error
                 continue
-            if found := re.findall(r"score\W{0,5}([0-4])(?![\d.]\d)", answers[-1], re.IGNORECASE):
+            if found := re.findall(r"score\W{0,5}([0-4])(?!\.?\d)", answers[-1], re.IGNORECASE):
                 return int(found[-1]), answers
         if not answers:
             raise InputError(f"{self.url}: the judge gave no answer in {self.tries} tries ({reason}); what is scored "
