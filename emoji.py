@@ -9,7 +9,7 @@ that is to draw this very one has to read the reference picture. A tenth of the 
     python emoji.py subject "dog face" folder # pictures of one instance, as one drops them into a folder
     python emoji.py atlas                     # draws assets/emoji.webp anew, from Debian's fonts-noto-color-emoji
 
-`EmojiData` stands in for `data.TaskData`; sample k is a function of (seed, k) alone. Next: `train.py`.
+`EmojiData` stands in for `data.TaskData`; sample k is a function of (seed, k) alone. Next: `scenes.py`.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ import data
 import scenes
 from data import InputError
 from scenes import PLAIN, SCENES, SIZE, STYLES
-from sprites import CROWDED, SIZES, Figure, Look, contrast, draw_atlas, hat_on, inside, paint, subjects
+from sprites import ALONE, CROWDED, Figure, Look, contrast, draw_atlas, hat_on, inside, paint, subjects
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a picture shows, in words
@@ -95,7 +95,7 @@ def renamed(prompt, label, name):
 
 
 def captions(n, seed=0):
-    """Yields n prompts of all tasks and of all subjects, the held-out ones too: to train a tokenizer on."""
+    """Yields n prompts of all tasks and of all subjects, the held-out ones too: to train the text tokenizer on."""
     world = World(held_out=None)
     for k in range(n):
         rng = np.random.default_rng((seed, k))
@@ -170,7 +170,7 @@ class World:
         crowd, head = len(script.subjects) > 1 or script.beside is not None, 0 if script.hat is None else 9
         columns, casts = (17, 47) if rng.random() < 0.5 else (47, 17), [[] for _ in grounds]
         for subject, column in zip(script.subjects, columns):
-            side, y = rng.uniform(*(CROWDED if crowd else SIZES)), rng.uniform(27, 41)
+            side, y = rng.uniform(*(CROWDED if crowd else ALONE)), rng.uniform(27, 41)
             x = column + rng.uniform(-3, 3) if crowd else rng.uniform(24, 40)
             places = [(x, y, side, head)]
             for _ in grounds[1:]:
@@ -362,7 +362,7 @@ def main(argv=None):
             command.add_argument("--hue", type=float, default=0.0, help="degrees its colours are turned (default 0)")
             command.add_argument("--scene", choices=SCENES, metavar="SCENE", help="one for all; default: any")
         if function is look:
-            command.add_argument("--out", default="emoji.png", help="the sheet, a PNG (default emoji.png)")
+            command.add_argument("--out", default="emoji.png", help="the sheet, .png or .webp (default emoji.png)")
         if function in (export, subject):
             command.add_argument("folder")
     args = parser.parse_args(argv)

@@ -7,7 +7,7 @@ not hold.
 
     image = scenes.paint(np.random.default_rng(0), "snow")           # PIL RGB
 
-`python emoji.py look` shows all of them.
+`python emoji.py look` shows all of them. Next: `sprites.py`.
 """
 import colorsys
 from functools import partial
@@ -415,7 +415,6 @@ PAPER, NIGHT, LAMP = (252, 247, 236), (0.2, 0.25, 0.5), (1.0, 0.85, 0.55)
 
 def in_style(style, picture, cover):
     """The finished picture in one of STYLES. cover: where the subject is, a grey picture."""
-    pixels = np.asarray(picture, dtype=np.float32)
     if style == "pixel mosaic":
         return picture.reduce(4).resize(picture.size, Image.NEAREST)
     if style == "silhouette":                                        # against the light
@@ -427,6 +426,8 @@ def in_style(style, picture, cover):
         around = np.asarray(grey.filter(ImageFilter.GaussianBlur(2)), dtype=np.float32)
         lines = np.clip((np.asarray(grey) + 8) / (around + 8), 0, 1) ** 3 * (0.8 + around / 1275)
         return Image.fromarray((lines[..., None] * PAPER).astype(np.uint8))
-    y, x = np.mgrid[:SIZE, :SIZE] - np.array([(box := cover.getbbox())[1] + box[3], box[0] + box[2]])[:, None, None] / 2
-    glow = np.exp(-(x ** 2 + y ** 2) / (2 * 15 ** 2))[..., None]
-    return Image.fromarray((pixels * (np.array(NIGHT) * (1 - glow) + np.array(LAMP) * glow)).astype(np.uint8))
+    left, top, right, bottom = cover.getbbox()                       # a lamp's light falls on the subject's middle
+    y, x = np.mgrid[:SIZE, :SIZE]
+    glow = np.exp(-((x - (left + right) / 2) ** 2 + (y - (top + bottom) / 2) ** 2) / (2 * 15 ** 2))[..., None]
+    light = np.array(NIGHT) * (1 - glow) + np.array(LAMP) * glow
+    return Image.fromarray((np.asarray(picture) * light).astype(np.uint8))

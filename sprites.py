@@ -5,6 +5,8 @@ points, names, families and split: a tenth is held out, in whole families of sim
 has its own look: the hue is turned, the saturation changed, it may be mirrored.
 
     python emoji.py atlas    # draws assets/emoji.webp anew; needs Debian's fonts-noto-color-emoji
+
+Next: `judge.py`.
 """
 import functools
 import json
@@ -27,7 +29,7 @@ ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 
 CELL, COLUMNS = 64, 32                       # the atlas: pixels a subject, subjects a row
 GREY, DYE = 50, (255, 170, 100)              # a subject of less colour is dyed, so that it has a hue to be turned
-SIZES, CROWDED = (28, 46), (22, 30)          # longer side of a subject in pixels, alone and beside another
+ALONE, CROWDED = (28, 46), (22, 30)          # longer side of a subject in pixels, alone and beside another
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def hat_on(figure, hat):
 
 def paint(ground, figures, style=None):
     """Figures before a background, each with a soft shadow. -> picture, masks: of each figure (SIZE, SIZE) bool"""
-    picture, masks, covers = ground.copy(), [], []
+    picture, masks, subject = ground.copy(), [], None
     for figure in figures:
         sprite, left, top = cut(figure)
         cover = Image.new("L", picture.size)
@@ -143,8 +145,8 @@ def paint(ground, figures, style=None):
         picture.paste((0, 0, 0), mask=shadow)
         picture.paste(sprite, (left, top), sprite)
         mask = np.asarray(cover) > 127
-        masks, covers = [other & ~mask for other in masks] + [mask], covers + [cover]
-    return (scenes.in_style(style, picture, covers[0]) if style else picture), masks
+        masks, subject = [other & ~mask for other in masks] + [mask], subject or cover       # the first
+    return (scenes.in_style(style, picture, subject) if style else picture), masks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
