@@ -2,13 +2,14 @@
 
     reference pictures --CLIP--> patch features --connector--> rows --+
                                                                       v
-    prompt ids --T5 embedding--> rows, `<image>` rows overwritten by the connector's --T5 encoder--> H (B, S, d_model)
+    prompt ids --T5 embedding--> rows, `<image>` rows overwritten by the connector's --T5 encoder--> H (B, S, C)
 
 CLIP ViT-L/14 (openai/clip-vit-large-patch14) gives the features of its last-but-one block; its text tower and
 projections are here too, for scores. T5 is FLAN-T5 (google/flan-t5-xl); its decoder half is needed once, to pretrain
 the connector by captioning. Each network ends with a table that gives its tensors' public names.
 
-Shape letters: B batch, K pictures, P patches, L length, C width. Next: `model.py`, which projects H to its prefix.
+Shape letters: B batch, K pictures, P patches, L length, M a memory's length, C width, H heads, hd channels a head.
+Next: `rope2d.py`, then `model.py`, which projects the rows to its prefix.
 """
 from dataclasses import dataclass
 
@@ -257,7 +258,7 @@ def relative_buckets(length, bidirectional, buckets, max_distance, device=None):
     """T5's coarse distances: which of `buckets` rows of the bias table serves query i and key j. -> (L, L) int64
 
     Half of the buckets are exact distances, the others grow in log steps up to max_distance and beyond; with
-    bidirectional, half of all buckets are for keys behind the query.
+    bidirectional, half of all buckets are for keys that come after the query.
     """
     i = torch.arange(length, device=device)
     offset = i[None, :] - i[:, None]                                                      # (L, L), key - query
@@ -341,8 +342,7 @@ class T5(nn.Module):
         if decoder:
             self.decoder = T5Stack(config, decoder=True)
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if not self.embed.weight.is_meta:
-            self.initialise()
+        self.initialise()
 
     def initialise(self):
         """The published start, in which small queries stand for the missing 1 / sqrt(head_dim) of the scores: with
