@@ -143,7 +143,7 @@ def some_prefix(config, batch, length, device, dtype):
 def decode(args, device, dtype):
     """Prefill, then decoding steps at several lengths; guidance doubles the sequences."""
     config, rows = size_config(args.size).decoder, []
-    decoder, grid = built(lambda: Decoder(config), device, dtype), args.pixels // 16
+    decoder, grid = built(lambda: Decoder(config), device, dtype), args.pixels // size_config(args.size).vqgan.factor
     if args.compile:
         decoder.compile_blocks()
     sequences = args.batch * (2 if args.guidance else 1)
@@ -243,7 +243,7 @@ def loader(args, device, dtype):
         path = os.path.join(folder, "rows.jsonl")
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        dataset = data.TaskData([path], data.Prompter(data.byte_tokenizer()), args.pixels, 224, backgrounds=[path])
+        dataset = data.TaskData([path], data.Prompter(data.byte_tokenizer()), args.pixels, 224)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)                               # as every worker has
         begun = time.perf_counter()
@@ -261,7 +261,7 @@ def memory(args, device, dtype):
         mentor = Mentor(config)
     def count(module):
         return sum(p.numel() for p in module.parameters())
-    positions = args.prefix + (args.pixels // 16)**2
+    positions = args.prefix + (args.pixels // config.vqgan.factor)**2
     cache = 2 * config.decoder.layers * positions * config.decoder.width * args.batch * (2 if args.guidance else 1)
     for name, kind in DTYPES.items():
         encoder = count(mentor.encoder) * (4 if name == "fp16" else kind.itemsize)         # T5 overflows in fp16
