@@ -99,7 +99,7 @@ def open_image(path):
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image).astype(np.float32)
         scale = 255 / 65535 if grey.max() > 255 else 1
-        image = Image.fromarray((grey * scale).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(np.ceil((grey * scale).clip(0, 255)).astype(np.uint8))   # up: what is not 0 stays so
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -148,7 +148,7 @@ def contact_sheet(images, columns=None, gap=4):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts (spec of the released data; in a template `<image>` stands once per reference picture)
+# Prompts, as MENTOR's released data has them; in a template `<image>` stands once per reference picture
 
 def subject_prompt(subjects, prompt):
     """Subject-driven, recovery and multi-subject: one line per reference picture, then the prompt."""
@@ -271,8 +271,12 @@ def parse_row(line, path, number):
         return tuple(value)
 
     images, objects, flag = texts("image_path"), texts("objects"), record.get
-    text, swapped, source, background = ("".join(texts(key)) for key in
-                                         ("input_text", "swapped_text", "source_image", "input_image"))
+    def one(key):
+        if len(found := texts(key)) > 1:
+            raise InputError(f'"{key}" must be one text, not {len(found)}; write a line for each')
+        return "".join(found)
+
+    text, swapped, source, background = map(one, ("input_text", "swapped_text", "source_image", "input_image"))
     rules = {"background": background, "t2i": flag("generation_only"),
              "multi": flag("input_img_list") or objects and isinstance(record["objects"], list),
              "recover": flag("do_replace"), "segment": flag("do_mask"), "subject": objects, "reconstruct": True}
@@ -316,7 +320,7 @@ def read_rows(paths):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a row to pictures and prompt (spec of the released data)
+# From a row to pictures and prompt, as the paper describes its tasks (appendix)
 
 CAPTION_DROP = 0.5       # reconstruction: how often the picture comes without its caption
 SCALE = (0.1, 1.0)       # recovery: longer side of the pasted object, as a share of the frame
@@ -391,6 +395,7 @@ def multi_reference(picture, mask, rng):
 def compose(task, row, order, rng, background=None, size=448):
     """A row as its task shows it -> (prompt, [PIL reference pictures], function that gives the PIL target).
 
+    task: one of TASKS, or "picture", the target alone, or "caption", whose target is the row's text: no picture (None).
     order: 1 = a subject-driven pair the other way round. background, size: of the recovery input, pixels a side.
     """
     if task in ("t2i", "picture"):
@@ -432,7 +437,8 @@ class Codes:
         self.path, self.file = os.path.join(folder, "codes.safetensors"), None
         try:
             with safe_open(self.path, "pt") as file:
-                self.keys, made_for = file.get_tensor("keys").numpy(), int(file.metadata()["image_size"])
+                self.keys, about = file.get_tensor("keys").numpy(), file.metadata()
+                made_for, self.vqgan = int(about["image_size"]), about["vqgan"]          # the VQGAN's fingerprint
         except Exception as error:
             raise InputError(f"{self.path}: no codes ({error}); make them with `python data.py encode`") from None
         if made_for != image_size:
@@ -602,14 +608,14 @@ class Problems:
         self.named, self.failed, self.seen = {}, 0, 0
 
     def add(self, problems, seen):
-        """problems: those met in `seen` more samples. InputError once more than `share` of `least` or more failed."""
+        """problems: those met in `seen` more samples. InputError once they exceed `share` of `least` or more."""
         self.failed, self.seen = self.failed + len(problems), self.seen + seen
         for problem in dict.fromkeys(problems):
             if problem not in self.named:
                 self.named[problem] = True
                 self.log(f"skipped {problem}")
         if self.seen >= self.least and self.failed > self.share * self.seen:
-            raise InputError(f"{self.failed} of {self.seen} samples failed, more than {self.share:.0%}; mend the "
+            raise InputError(f"{self.failed} problems in {self.seen} samples, more than {self.share:.0%}; mend the "
                              "data:\n" + "\n".join(list(self.named)[:20]))
 
 
@@ -694,7 +700,7 @@ def encode(args):
     os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, "codes.safetensors")
     save_file({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, f"{path}.partial",
-              metadata={"image_size": str(size)})
+              metadata={"image_size": str(size), "vqgan": vqgan.fingerprint()})
     os.replace(f"{path}.partial", path)
     print(f"wrote {path}")
 

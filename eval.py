@@ -15,7 +15,7 @@ under torchrun the processes share the work. The public networks that score are 
 and DINO ViT-S/16 from the hub, or from folders that --clip and --dino name. FID is left out, it needs Inception's
 weights; CMMD (arXiv 2401.09603), made of CLIP's embeddings, is in its place.
 
-Next: nothing, this is the last file; `judge.py` holds the judges.
+`judge.py` holds the judges. Next: `bench.py`, the last file.
 """
 import argparse
 import json
@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ def draw(mentor, prompts, references, seeds):
     pixels = torch.stack(pixels).to(mentor.device) if pixels else None
     prefix = mentor.prefix(ids[:, :longest].to(mentor.device), mask[:, :longest].to(mentor.device), pixels)
     tokens = mentor.generate(prefix, seeds, config.sampling)
-    return torch.cat([mentor.vqgan.decode(row[None]) for row in tokens]).clone()
+    return torch.cat([mentor.vqgan.decode(row[None]) for row in tokens])
 
 
 def start(args):
@@ -181,8 +182,8 @@ def benchmark(args, units, settings, ranks, mentor, vision_judge=None):
     scorer, record = judges.Scorer(args.clip, args.dino, ranks.device), Record(args.out, settings, ranks)
     known = {}                                                 # paths -> embeddings of true pictures
     todo = [unit for unit in units if unit.key not in record.done][ranks.rank::ranks.world]
-    for start in tqdm(range(0, len(todo), args.batch), unit="batch", disable=ranks.rank > 0):
-        chunk = todo[start:start + args.batch]
+    for first in tqdm(range(0, len(todo), args.batch), unit="batch", disable=ranks.rank > 0):
+        chunk = todo[first:first + args.batch]
         prompts = [data.subject_prompt([unit.subject], unit.prompt) for unit in chunk]
         references = [[data.open_image(unit.reference)] for unit in chunk]
         drawn = [data.to_image(p) for p in draw(mentor, prompts, references, [unit.seed for unit in chunk])]
@@ -213,6 +214,9 @@ def mean(rows, name):
     """Of the rows that have it; nan where none does."""
     values = [row[name] for row in rows if row[name] is not None]
     return sum(values) / len(values) if values else float("nan")
+
+
+SCORES = {name: partial(mean, name=name) for name in ("clip_i", "clip_t", "dino")}       # rows -> number
 
 
 def table(rows, scores):
@@ -256,8 +260,7 @@ def dreambench(args):
     ranks, mentor, settings = start(args)
     rows = benchmark(args, dreambench_units(args), settings, ranks, mentor)
     if ranks.rank == 0:
-        scores = {name: lambda rows, name=name: mean(rows, name) for name in ("clip_i", "clip_t", "dino")}
-        conclude(args, rows, scores, settings)
+        conclude(args, rows, SCORES, settings)
 
 
 def dreambench_plus(args):
@@ -268,7 +271,7 @@ def dreambench_plus(args):
         vision_judge = judges.VisionJudge(args.judge_url, args.judge_model, os.environ.get("OPENAI_API_KEY"))
     rows = benchmark(args, dreambench_plus_units(args), settings, ranks, mentor, vision_judge)
     if ranks.rank == 0:
-        scores = {name: lambda rows, name=name: mean(rows, name) for name in ("clip_i", "clip_t", "dino")}
+        scores = dict(SCORES)
         if vision_judge:
             scores |= {"CP": lambda rows: mean(rows, "cp") / 4, "PF": lambda rows: mean(rows, "pf") / 4,
                        "CP*PF": lambda rows: mean(rows, "cp") * mean(rows, "pf") / 16,
@@ -286,8 +289,8 @@ def reconstruct(args):
     names = [path for folder, _, _ in sorted(os.walk(args.data)) for path in pictures_in(folder)]
     if not names:
         raise InputError(f"{args.data}: no folder with pictures; name one")
-    rows = []
-    for first in tqdm(range(0, len(names), args.batch), unit="batch", disable=ranks.rank > 0):
+    rows, shares = [], range(ranks.rank * args.batch, len(names), ranks.world * args.batch)
+    for first in tqdm(shares, unit="batch", disable=ranks.rank > 0):
         chunk = names[first:first + args.batch]
         pictures = [data.open_image(path) for path in chunk]
         true = torch.stack([data.target_pixels(picture, mentor.config.image_size) for picture in pictures])
@@ -297,6 +300,9 @@ def reconstruct(args):
             copy = mentor.vqgan.decode(mentor.vqgan.encode(true.to(mentor.device))).cpu()
         rows += [{"picture": path, "l2": one, "l2_ceiling": other} for path, one, other in
                  zip(chunk, judges.distance(drawn, true).tolist(), judges.distance(copy, true).tolist())]
+    rows = sorted(sum(ranks.gather(rows), []), key=lambda row: names.index(row["picture"]))
+    if ranks.rank > 0:
+        return
     found = {name: mean(rows, name) for name in ("l2", "l2_ceiling")}
     os.makedirs(args.out, exist_ok=True)
     write_json(os.path.join(args.out, "reconstruct.json"), {**settings, **found, "pictures": rows})
@@ -347,8 +353,9 @@ def score_task(mentor, network, task, args):
         with torch.inference_mode():
             prefix = mentor.prefix(batch["ids"], batch["mask"], batch["refs"])
             tokens = mentor.generate(prefix, range(args.seed + first, args.seed + first + len(chunk)))
-            drawn = mentor.vqgan.decode(tokens).clone()
+            drawn = mentor.vqgan.decode(tokens)
         copy = mentor.vqgan.decode(mentor.vqgan.encode(true))
+        scores = {}
         for name, pictures in (("", drawn), ("_ceiling", copy)):
             if task == "subject":
                 part = judges.verdict(network, pictures, metas)
@@ -357,18 +364,24 @@ def score_task(mentor, network, task, args):
                 part = {"iou": judges.iou(pictures, metas)}
             else:
                 part = {"psnr": judges.decibels(pictures, true), "l2": judges.distance(pictures, true)}
-            parts.append({score + name: value for score, value in part.items()})
+            scores |= {score + name: value for score, value in part.items()}
+        parts.append(scores)
         shown += list(zip(chunk, drawn))
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}, shown[:args.show]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shown[:args.show]
+
+
+def load_small(weights):
+    """A model that draws pictures of the emoji world's size."""
+    mentor = Mentor.from_pretrained(weights)
+    if mentor.config.image_size != scenes.SIZE:
+        raise InputError(f"{weights}: draws {mentor.config.image_size} pixels a side, not the emoji world's "
+                         f"{scenes.SIZE}; give a model trained with --model tiny")
+    return mentor
 
 
 @torch.no_grad()
 def score_world(mentor, network, args):
     """-> {task: {score: number}} of held-out subjects, and tiles for a sheet."""
-    if mentor.config.image_size != scenes.SIZE:
-        raise InputError(f"{args.weights}: draws {mentor.config.image_size} pixels a side, not the emoji world's "
-                         f"{scenes.SIZE}; give a model trained with --model tiny")
     found, tiles = {}, []
     for task in ("subject", "segment", "reconstruct"):
         scores, shown = score_task(mentor, network, task, args)
@@ -381,7 +394,7 @@ def score_world(mentor, network, args):
 
 def world(args):
     """Scores a small model: subject-driven pictures, segmentation and reconstruction of held-out subjects."""
-    mentor, network = Mentor.from_pretrained(args.weights), judges.load_judge(args.judge)
+    network, mentor = judges.load_judge(args.judge), load_small(args.weights)
     found, tiles = score_world(mentor, network, args)
     record = {"weights": str(args.weights), "seed": args.seed, "samples": args.samples,
               "sampling": vars(mentor.config.sampling), "judge_on_true_pictures": judges.examine(network), **found}
@@ -396,7 +409,7 @@ def world(args):
 
 def grid(args):
     """Draws held-out subjects in several scenes: a row each, the reference first, a column a scene."""
-    mentor, rng, kept, tiles = Mentor.from_pretrained(args.weights), np.random.default_rng(args.seed), World(True), []
+    mentor, rng, kept, tiles = load_small(args.weights), np.random.default_rng(args.seed), World(True), []
     for k, index in enumerate(rng.choice(kept.subjects, args.rows, replace=False).tolist()):
         script = Script((index,), str(rng.choice(list(scenes.PLAIN))))
         ground = scenes.paint(rng, script.scene)
@@ -446,18 +459,43 @@ def train_variant(args, name):
             print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}", flush=True)
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if args.seeds > 1 else None
             running[out] = subprocess.Popen(command, env=environment)
-        for out, process in running.items():
-            if process.wait():
-                raise InputError(f"{out}: the training stopped; give the same command again to go on")
+        if failed := [out for out, process in running.items() if process.wait()]:
+            raise InputError(f"{failed[0]}: the training stopped; give the same command again to go on")
     return inits
+
+
+ABLATION_COLUMNS = {"CP": ("subject", "cp"), "PF": ("subject", "pf"), "CP*PF": ("subject", "cp*pf"),
+                    "CP/PF": ("subject", "cp/pf"), "hue": ("subject", "hue"), "IoU": ("segment", "iou"),
+                    "L2": ("reconstruct", "l2")}
+
+
+def print_ablation(rows):
+    """The table: of every variant the mean over the seeds and half their range, and the paper's numbers."""
+    print(f"{'mean, half the range over seeds':32}" + "".join(f"{column:>13}" for column in ABLATION_COLUMNS)
+          + "   paper: CP, PF, CP*PF")
+    for name, (_, _, paper) in VARIANTS.items():
+        part, cells = [row for row in rows if row["variant"] == name], ""
+        for task, score in ABLATION_COLUMNS.values():
+            values = [row[task][score] for row in part]
+            cells += f"{np.mean(values):7.3f} {np.ptp(values) / 2:.3f}"
+        print(f"{name:32}{cells}   {', '.join(f'{value:.3f}' for value in paper) if paper else '-'}")
 
 
 def ablation(args):
     """Trains the small model's variants of the paper's Table 4 with equal budgets and prints the table beside it."""
     network, rows = judges.load_judge(args.judge), []
+    load_small(args.init)                      # says at once what would be wrong with it
+    budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch}
+    path = os.path.join(args.out, "budget.json")
+    if not os.path.exists(path):
+        os.makedirs(args.out, exist_ok=True)
+        write_json(path, budget)
+    with open(path, encoding="utf-8") as file:
+        if (begun := json.load(file)) != budget:
+            raise InputError(f"{path}: was begun with {begun}, not {budget}; give the same or another --out")
     for name, (_, _, paper) in VARIANTS.items():
         for seed, folder in train_variant(args, name).items():
-            path = os.path.join(folder, f"world-{args.samples}.json")
+            path = os.path.join(folder, f"world-{args.samples}-{args.seed}.json")
             if not os.path.exists(path):
                 found, tiles = score_world(Mentor.from_pretrained(folder), network, args)
                 data.contact_sheet(tiles, columns=4).save(os.path.join(folder, "world.png"))
@@ -465,20 +503,10 @@ def ablation(args):
             with open(path, encoding="utf-8") as file:
                 rows.append({"variant": name, "seed": seed, "paper": paper, **json.load(file)})
     print(f"judge on true pictures: {said(judges.examine(network))}")
-    columns = {"CP": ("subject", "cp"), "PF": ("subject", "pf"), "CP*PF": ("subject", "cp*pf"),
-               "CP/PF": ("subject", "cp/pf"), "hue": ("subject", "hue"), "IoU": ("segment", "iou"),
-               "L2": ("reconstruct", "l2")}
-    print(f"{'mean, half the range over seeds':32}" + "".join(f"{column:>13}" for column in columns)
-          + "   paper: CP, PF, CP*PF")
-    for name, (_, _, paper) in VARIANTS.items():
-        part, cells = [row for row in rows if row["variant"] == name], ""
-        for task, score in columns.values():
-            values = [row[task][score] for row in part]
-            cells += f"{np.mean(values):7.3f} {np.ptp(values) / 2:.3f}"
-        print(f"{name:32}{cells}   {', '.join(f'{value:.3f}' for value in paper) if paper else '-'}")
-    budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch, "samples": args.samples}
-    write_json(os.path.join(args.out, "ablation.json"), {**budget, "rows": rows})
-    print(f"wrote {args.out}/ablation.json")
+    print_ablation(rows)
+    path = os.path.join(args.out, "ablation.json")
+    write_json(path, {**budget, "samples": args.samples, "seed": args.seed, "rows": rows})
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

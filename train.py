@@ -7,7 +7,8 @@ A stage is one row of STAGES: what trains, on which tasks, how long. Every flag 
 folder that `sample.py --weights` takes, with `log.jsonl`, a loss plot and pictures drawn along the way beside it, and
 checkpoints from which `--resume` goes on exactly. "Step" always means an optimizer step.
 
-In this file: stages, command line, schedule, objectives, processes, memory, checkpoints, evaluation, the loop.
+In this file: stages, command line and schedule, objectives, processes, the optimizer, memory, checkpoints, evaluation,
+the loop. Next: `emoji.py`, which paints the small world that `--model tiny` is trained on.
 """
 import argparse
 import functools
@@ -18,6 +19,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -66,7 +68,7 @@ class Stage:
 
 ENCODER_AND_DECODER = ("encoder.connector", "encoder.t5", "projector", "decoder")
 STAGES = {
-    # the tokenizer; after LlamaGen's recipe, with its own discriminator
+    # the VQGAN, the pictures' tokenizer; after LlamaGen's recipe, with its own discriminator
     "vqgan": Stage(("vqgan",), {"picture": 1}, epochs=40, global_batch=128, lr=1e-4),
     # text to image with the corrected rotary positions, from LlamaGen's weights
     "rope": Stage(("projector", "decoder"), {"t2i": 1}, epochs=1, global_batch=256, lr=1e-4, prefix_rope="identity"),
@@ -96,7 +98,9 @@ TINY = {
     "multi": replace(STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30, "multi": 30},
                      epochs=0.5, global_batch=32, lr=1e-3, prefix_tokens=192, micro=16, muon=True, after="2"),
 }
-BETAS, MOMENTUM, WEIGHT_DECAY, CLIP_NORM, WARMUP, FLOOR = (0.9, 0.95), 0.95, 0.05, 1.0, 0.05, 0.1
+BETAS, MOMENTUM = (0.9, 0.95), 0.95      # of AdamW, of Muon
+WEIGHT_DECAY, CLIP_NORM = 0.05, 1.0
+WARMUP, FLOOR = 0.05, 0.1  # share of the steps in which the learning rate rises; what share of it is left in the end
 UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
 UNQUANTIZED = 0.02         # share of the steps that a new tokenizer trains before its codes are placed
 REVIVE_EVERY = 50          # steps between looks for codes of a new tokenizer that nothing chooses
@@ -104,6 +108,9 @@ NEARNESS = 4               # pretraining: what a code's squared distance from wh
 SKETCH = 8                 # pretraining: pixels a side of what a caption's summary has to tell of its picture
 ALIGNED = ("reconstruct", "segment")     # tasks whose target lies under the reference: pretraining names its tokens
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line and schedule
 
 def parse(argv):
     """The command line -> arguments; a flag that was not given is None or its default."""
@@ -115,7 +122,8 @@ def parse(argv):
     what.add_argument("--model", choices=SIZES, help="size of a random start (default toy); tiny also brings its own "
                                                      "stage table and data, the emoji world")
     what.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: the stage's")
-    what.add_argument("--prefix-tokens", type=int, help="longest prefix; default: the stage's")
+    what.add_argument("--prefix-tokens", type=int, help="room for that many prefix rows, never less than the weights "
+                      "have; default: the stage's")
     what.add_argument("--size", type=int, help="pixels a side of the targets; default: the weights' own")
     what.add_argument("--adversarial", type=float, metavar="WEIGHT", help="of the discriminator, in the second half "
                       "of --stage vqgan; 0 = no discriminator")
@@ -132,7 +140,8 @@ def parse(argv):
     how.add_argument("--steps", type=int, help="optimizer steps; default: from --epochs")
     how.add_argument("--epochs", type=float)
     how.add_argument("--global-batch", type=int)
-    how.add_argument("--micro-batch", type=int, help="samples a process computes at once; default: up to 8")
+    how.add_argument("--micro-batch", type=int, help="samples a process computes at once; default: the most that "
+                     "divide its share, up to the stage's limit (8; tiny 16, its vqgan 32)")
     how.add_argument("--lr", type=float)
     how.add_argument("--seed", type=int, default=0)
     machine = parser.add_argument_group("machine")
@@ -147,7 +156,8 @@ def parse(argv):
     output.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False,
                         help="go on from the newest checkpoint in --out")
     output.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    output.add_argument("--sample-every", type=int, default=500, help="steps between validations")
+    output.add_argument("--sample-every", type=int, default=500, help="steps between validations and sheets of "
+                        "pictures")
     output.add_argument("--keep", type=int, default=2, help="checkpoints to keep")
     return fill_from_table(parser.parse_args(argv))
 
@@ -156,7 +166,8 @@ def fill_from_table(args):
     """Arguments -> the same with what was not given taken from the stage's row; raises InputError for what clashes."""
     table = TINY if args.model == "tiny" else STAGES
     if args.stage not in table:
-        raise InputError(f"--model {args.model} has no stage {args.stage}; its stages are {', '.join(table)}")
+        raise InputError(f"--model tiny has no stage {args.stage}; its stages are {', '.join(TINY)}" if table is TINY
+                         else f"stage {args.stage} is for --model tiny; add that, or take one of {', '.join(STAGES)}")
     stage = table[args.stage]
     args.out = args.out or os.path.join("out", args.model or "mentor", args.stage)
     args.init = args.init or (os.path.join("out", args.model, stage.after) if stage.after else "random")
@@ -198,10 +209,9 @@ class TokenObjective(nn.Module):
         super().__init__()
         self.mentor = mentor
 
-    @staticmethod
-    def elements(batch, config):
+    def elements(self, batch):
         """How many terms the losses of this batch are sums of."""
-        return len(batch["ids"]) * config.grid**2
+        return len(batch["ids"]) * self.mentor.config.grid**2
 
     def tokens(self, batch):
         """What is to be written: read from the batch, or encoded now. -> (B, T)"""
@@ -212,15 +222,10 @@ class TokenObjective(nn.Module):
 
     def forward(self, batch, progress=0.0):
         prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], batch.get("drop"))
-        return self.losses(prefix, self.tokens(batch))                                    # (B,)
-
-    def losses(self, prefix, tokens):
-        """-> (B,)"""
-        losses, _ = self.mentor.losses(prefix, tokens)                                    # (B, T)
+        losses, _ = self.mentor.losses(prefix, self.tokens(batch))                        # (B, T)
         # a batch of text alone must not leave these without gradients, for the ranks' averages wait for every one
         seeing = [p for part in (self.mentor.encoder.clip, self.mentor.encoder.connector) for p in part.parameters()]
-        losses = losses + 0 * sum(p.sum() for p in seeing if p.requires_grad)
-        return losses.sum(dim=1)                                                          # (B,)
+        return losses.sum(dim=1) + 0 * sum(p.sum() for p in seeing if p.requires_grad)    # (B,)
 
 
 class PretrainObjective(TokenObjective):
@@ -228,12 +233,16 @@ class PretrainObjective(TokenObjective):
 
     The encoders learn to see and to read, through two linear heads that are thrown away afterwards: one names the
     tokens under each patch of a reference, in the tasks whose target lies under it; the other sketches the picture in
-    a few pixels from a caption's last row. The decoder learns to write from captions, at times from nothing else.
+    a few pixels from a caption's last row. The decoder learns to write from captions, at times with what it wrote
+    before blanked, so from the caption alone.
     """
 
     def __init__(self, mentor, args):
         super().__init__(mentor, args)
         config = mentor.config
+        if config.grid % config.vision.grid:
+            raise InputError(f"--size {config.image_size} gives {config.grid} tokens a side for {config.vision.grid} "
+                             f"patches; take a multiple of {config.vision.grid * config.vqgan.factor}")
         self.side = config.grid // config.vision.grid          # tokens a side of one patch
         self.head = nn.Linear(config.decoder.width, self.side**2 * config.vqgan.code_width)
         self.sharpness = nn.Parameter(torch.tensor(20.0))
@@ -253,7 +262,7 @@ class PretrainObjective(TokenObjective):
             if chosen.any():
                 part = Prefix(*(rows[chosen][:, prefix.valid[chosen].any(dim=0)] for rows in prefix))  # least padding
                 losses = losses.index_add(0, chosen.nonzero()[:, 0], cost(part, wanted[chosen]))
-        return losses + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)        # as in `losses`
+        return losses + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)        # as above
 
     def writing(self, prefix, tokens):
         """Cross entropy of all tokens. Neighbouring tokens tell so much about each other that the little a caption
@@ -287,7 +296,7 @@ class PretrainObjective(TokenObjective):
         return losses.view(len(tokens), -1).sum(dim=1)                                    # (n,)
 
     def sketching(self, prefix, pictures):
-        """Squared error of the sketch, in the order of the other losses. -> (n,)"""
+        """Squared error of the sketch, scaled to about the size of the other losses. -> (n,)"""
         small = F.adaptive_avg_pool2d(pictures, SKETCH).flatten(1)                        # (n, 3 * SKETCH**2)
         error = (self.sketch(prefix.rows[:, -1]).float() - small).square().mean(dim=1)
         return 5 * self.mentor.config.grid**2 * error
@@ -300,8 +309,7 @@ class CaptionObjective(nn.Module):
         super().__init__()
         self.mentor = mentor
 
-    @staticmethod
-    def elements(batch, config):
+    def elements(self, batch):
         return int((batch["labels"] != -100).sum())
 
     def forward(self, batch, progress=0.0):
@@ -320,10 +328,13 @@ class PixelObjective(nn.Module):
         self.discriminator = Discriminator() if args.adversarial else None
         self.perceptual = None
         if args.lpips:
-            self.perceptual = Perceptual().load(*map(weights.read_tensors, args.lpips)).requires_grad_(False)
+            try:
+                self.perceptual = Perceptual().load(*map(weights.read_tensors, args.lpips)).requires_grad_(False)
+            except (KeyError, RuntimeError):   # missing or mis-shaped tensors
+                raise InputError(f"--lpips {' '.join(args.lpips)}: do not hold VGG-16 and LPIPS' heads; give "
+                                 f"torchvision's vgg16-397923af.pth and LPIPS' vgg.pth, in this order") from None
 
-    @staticmethod
-    def elements(batch, config):
+    def elements(self, batch):
         return len(batch["target"])
 
     def forward(self, batch, progress=1.0):
@@ -442,6 +453,9 @@ def accumulating(model, last):
     return nullcontext()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
 class Muon(torch.optim.AdamW):
     """AdamW, but the matrices of groups with `muon` go by their momentum made orthogonal: every direction moves alike,
     and the small model needs a third of the samples (Jordan et al. 2024, github.com/KellerJordan/Muon; the
@@ -518,16 +532,17 @@ def memory(mentor, args, ranks, micro):
     trained = sum(p.numel() for p in mentor.parameters() if p.requires_grad)
     low = 2 if ranks.device.type == "cuda" else 4              # bytes of the compute type
     rows = {"parameters (fp32)": 4 * total / share, "gradients (fp32)": 4 * trained / share,
-            "AdamW (fp32)": 8 * trained / share}
+            "optimizer (fp32)": 8 * trained / share}           # AdamW's two moments; of Muon's matrices, one
     if low == 2:
         rows["bf16 copies"] = 2 * trained
-    if OBJECTIVES.get(args.stage, TokenObjective) not in (PixelObjective, CaptionObjective):
+    if args.stage not in ("vqgan", "connector"):
         full, half = activation_elements(mentor.config, args.prefix_tokens, mentor.config.grid**2, args.trains)
         sample = 4 * full + low * half
         if args.checkpoint_activations:        # the input of every block, one block in full, and the log-probabilities
             d, t5, tokens = mentor.config.decoder, mentor.config.t5, mentor.config.grid**2
-            inputs = d.layers * (args.prefix_tokens + tokens) * d.width + t5.layers * args.prefix_tokens * t5.width
-            sample = 4 * inputs + sample / (d.layers + t5.layers) + 4 * tokens * d.codes
+            t5_layers = t5.layers * any(part.startswith("encoder") for part in args.trains)
+            inputs = d.layers * (args.prefix_tokens + tokens) * d.width + t5_layers * args.prefix_tokens * t5.width
+            sample = 4 * inputs + sample / (d.layers + t5_layers) + 4 * tokens * d.codes
         rows[f"activations ({micro} samples)"] = micro * sample
     return {what: count / 2**30 for what, count in rows.items()}
 
@@ -538,10 +553,11 @@ class Run:
     args: argparse.Namespace
     ranks: Ranks
     mentor: Mentor
-    model: nn.Module                 # the objective around the mentor, wrapped for all ranks
+    objective: nn.Module             # around the mentor
+    model: nn.Module                 # the objective, wrapped for all ranks
     optimizer: torch.optim.Optimizer
-    train: data.TaskData
-    val: data.TaskData               # the training data where no --val was given
+    train: torch.utils.data.Dataset
+    val: torch.utils.data.Dataset    # --val, or the emoji world's held-out subjects; else the training data, to look at
     accum: int                       # micro-batches a rank computes in a step
     first: int                       # steps done before
     log: object                      # takes a line; silent but on rank 0
@@ -550,11 +566,6 @@ class Run:
         """bf16 products over fp32 weights on a GPU, plain fp32 elsewhere."""
         device = self.ranks.device.type
         return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-
-    @property
-    def elements(self):
-        """How many terms a batch's losses are sums of."""
-        return OBJECTIVES.get(self.args.stage, TokenObjective).elements
 
     @contextmanager
     def evaluating(self):
@@ -604,12 +615,12 @@ def save_checkpoint(run, step, name=None):
     moments = get_optimizer_state_dict(run.model, run.optimizer, options=FULL)
     if run.ranks.rank == 0:
         part = f"{folder}.part"
-        run.mentor.save_pretrained(part, {name.removeprefix(OURS): tensor for name, tensor in state.items()
-                                          if name.startswith(OURS)})
-        tensors = {name: tensor for name, tensor in state.items() if not name.startswith(OURS)}
+        run.mentor.save_pretrained(part, {key.removeprefix(OURS): tensor for key, tensor in state.items()
+                                          if key.startswith(OURS)})
+        tensors = {key: tensor for key, tensor in state.items() if not key.startswith(OURS)}
         for parameter, values in moments["state"].items():
             tensors |= {f"{key}:{parameter}": tensor for key, tensor in values.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()},
                   os.path.join(part, "training.safetensors"))
         with open(os.path.join(part, "training.json"), "w") as file:
             json.dump({"step": step, "args": vars(run.args)}, file, indent=1)
@@ -699,7 +710,7 @@ def validate(run):
         if mine < len(starts):
             for sample, loss in zip(samples, losses.tolist()):
                 sums[sample["task"]] += loss
-                counts[sample["task"]] += run.elements(data.collate([sample]), run.mentor.config)
+                counts[sample["task"]] += run.objective.elements(data.collate([sample]))
     totals = run.ranks.sum([*sums.values(), *counts.values()])
     return {task: total / n for task, total, n in zip(val.tasks, totals, totals[len(sums):]) if n}
 
@@ -712,20 +723,20 @@ def draw_rows(run):
     mentor, val, ranks, tiles = run.mentor, run.val, run.ranks, []
     if run.args.stage == "connector":
         return None
-    rows = [int(k) for k in np.linspace(0, len(val) - 1, min(SHEET_ROWS, len(val)))]
-    places = 2 + max(len(val[k]["refs"]) for k in rows)
-    for turn in range(0, len(rows), ranks.world):
-        batch = to_device(data.collate([val[rows[min(turn + ranks.rank, len(rows) - 1)]]]), ranks.device)
+    samples = [val[int(k)] for k in np.linspace(0, len(val) - 1, min(SHEET_ROWS, len(val)))]
+    places = 2 + max(len(sample["refs"]) for sample in samples)
+    for turn in range(0, len(samples), ranks.world):
+        shown = data.collate([samples[min(turn + ranks.rank, len(samples) - 1)]])
+        batch = to_device(shown, ranks.device)
         with run.evaluating():
             with run.autocast():
                 if run.args.stage == "vqgan":
                     tokens = mentor.vqgan.encode(batch["target"])
                 else:
                     tokens = mentor.generate(mentor.prefix(batch["ids"], batch["mask"], batch["refs"]), [run.args.seed])
-            drawn = mentor.vqgan.decode(tokens.clone())[0].cpu()
-        batch = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        tiles.append(data.tile(batch, places, drawn))
-    tiles = [tile for turn in zip(*ranks.gather(tiles)) for tile in turn][:len(rows)]
+            drawn = mentor.vqgan.decode(tokens)[0].cpu()
+        tiles.append(data.tile(shown, places, drawn))
+    tiles = [tile for turn in zip(*ranks.gather(tiles)) for tile in turn][:len(samples)]
     return data.contact_sheet(tiles, columns=1) if ranks.rank == 0 else None
 
 
@@ -733,7 +744,7 @@ def used_memory(device):
     """GiB: on a GPU the most it held, else the most this process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def trim_log(path, steps):
@@ -797,7 +808,9 @@ def start_model(args, log):
     if args.resume:
         mentor, tensors, saved = newest_checkpoint(args.out, captions, log)
         args.steps = args.steps or saved["args"]["steps"]
-        for name in ("stage", "seed", "global_batch", "tasks", "data", "lr", "steps"):
+        given = [name for name in ("prefix_rope", "size") if getattr(args, name) is not None]
+        for name in ("stage", "init", "seed", "global_batch", "tasks", "data", "backgrounds", "lr", "steps",
+                     "adversarial", "lpips", *given):
             if saved["args"][name] != getattr(args, name):
                 raise InputError(f"--resume: the run was started with {name} {saved['args'][name]}, not "
                                  f"{getattr(args, name)}; give the same, or start a new run in another --out")
@@ -820,12 +833,18 @@ def start_data(args, mentor, log):
                 EmojiData(weights=args.tasks, seed=args.seed + 1, held_out=True, **options))
     options |= dict(seed=args.seed, backgrounds=args.backgrounds or ())
     train = data.TaskData(args.data, weights=args.tasks, codes=args.codes, **options)
+    if train.codes and train.codes.vqgan != mentor.vqgan.fingerprint():
+        raise InputError(f"{train.codes.path}: made with another VQGAN than this model's; encode again")
     for problem in train.problems:
         log(f"skipped {problem}")
     if not args.val:
         return train, data.TaskData(args.data, weights=args.tasks, **options)      # with pixels, to look at
     present = {"picture", "caption"} | set(data.TaskData(args.val, **options).tasks)
-    return train, data.TaskData(args.val, weights={task: None for task in args.tasks if task in present}, **options)
+    tasks = {task: None for task in args.tasks if task in present}
+    if not tasks:
+        raise InputError(f"--val {' '.join(args.val)}: holds no row of this stage's tasks, {', '.join(args.tasks)}; "
+                         f"give another file or none")
+    return train, data.TaskData(args.val, weights=tasks, **options)
 
 
 def batch_arithmetic(args, ranks, samples):
@@ -850,7 +869,8 @@ def prepare(args):
     mentor, saved, first = start_model(args, log)
     args.prefix_tokens, args.prefix_rope = mentor.config.prefix_tokens, mentor.config.decoder.prefix_rope
     args.size = mentor.check_size(args.size or mentor.config.image_size)
-    mentor.config = replace(mentor.config, image_size=args.size)
+    untrained = tuple(part for part in mentor.config.untrained if not part.startswith(args.trains))
+    mentor.config = replace(mentor.config, image_size=args.size, untrained=untrained)
     train, val = start_data(args, mentor, log)
     accum = batch_arithmetic(args, ranks, len(train))
     torch.manual_seed(args.seed)               # the discriminator starts the same on every rank
@@ -862,7 +882,7 @@ def prepare(args):
     optimizer = make_optimizer(objective, args.lr, args.muon)
     if saved:
         restore(model, optimizer, saved)
-    return Run(args, ranks, mentor, model, optimizer, train, val, accum, first, log)
+    return Run(args, ranks, mentor, objective, model, optimizer, train, val, accum, first, log)
 
 
 def read_micros(run, loader, problems, step):
@@ -885,21 +905,20 @@ def place_codes(run, micros, step):
     start = math.ceil(UNQUANTIZED * run.args.steps)
     if run.args.stage != "vqgan" or run.args.init != "random" or step < start or (step - start) % REVIVE_EVERY:
         return
-    objective = getattr(run.model, "module", run.model)
-    used = torch.tensor(run.ranks.sum(objective.used.tolist())) > 0
+    used = torch.tensor(run.ranks.sum(run.objective.used.tolist())) > 0
     quantize = run.mentor.vqgan.quantize
     with run.evaluating():
         z = run.mentor.vqgan.latent(micros[0][0]["target"].to(run.ranks.device))
         quantize.revive(~used.to(run.ranks.device), z)
     if run.ranks.world > 1:
         dist.broadcast(quantize.embedding.weight.data, src=0)
-    objective.used.zero_()
+    run.objective.used.zero_()
 
 
 def train_step(run, micros, step):
     """One optimizer step. -> {"loss", "losses" per task, "grad_norm"}; raises InputError where they are not finite."""
     sums, counts = dict.fromkeys(run.args.tasks, 0.0), dict.fromkeys(run.args.tasks, 0.0)
-    total = run.ranks.sum([sum(run.elements(batch, run.mentor.config) for batch, _ in micros)])[0]
+    total = run.ranks.sum([sum(run.objective.elements(batch) for batch, _ in micros)])[0]
     for i, (batch, drop) in enumerate(micros):
         with accumulating(run.model, last=i == len(micros) - 1):
             with run.autocast():               # losses (B,), each a sum over the sample's elements

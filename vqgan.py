@@ -5,8 +5,10 @@
 This is LlamaGen's VQ-16 (its VQ-8 has one level less); the decoder of `model.py` writes exactly these tokens. Module
 names are those of the public file `vq_ds16_t2i.pt`, so its tensors load without a table.
 
-Shape letters: B batch, C channels, h x w the latent grid, T = h * w tokens, e code width. Next: `model.py`.
+Shape letters: B batch, C channels, h x w the latent grid, T = h * w tokens, V codes, e their width. Next: `weights.py`,
+or `sample.py` for whoever does not care how public files are read.
 """
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -173,8 +175,9 @@ class Quantizer(nn.Module):
         """Nearest code at every position, in raster order. z: (B, e, h, w) -> (B, T) int64"""
         z = F.normalize(z.flatten(2).transpose(1, 2).float(), dim=-1)                     # (B, T, e)
         codes = F.normalize(self.embedding.weight.float(), dim=-1)                        # (V, e)
-        # in pieces, for the (rows, V) similarities of a large batch would take gigabytes
-        nearest = [(rows @ codes.T).argmax(dim=-1) for rows in z.flatten(0, 1).split(4096)]
+        with torch.autocast(z.device.type, enabled=False):     # bf16 would mistake one code in fifteen for another
+            # in pieces, for the (rows, V) similarities of a large batch would take gigabytes
+            nearest = [(rows @ codes.T).argmax(dim=-1) for rows in z.flatten(0, 1).split(4096)]
         return torch.cat(nearest).view(z.shape[:2])                                       # (B, T)
 
     def lookup(self, tokens):
@@ -224,6 +227,11 @@ class VQGAN(nn.Module):
         """(B, T) tokens of a square grid -> (B, 3, H, W), about [-1, 1]"""
         grid = round(tokens.size(1) ** 0.5)
         return self.decoder(self.post_quant_conv(self.quantize.lookup(tokens.unflatten(1, (grid, grid)))))
+
+    def fingerprint(self):
+        """Tells this VQGAN's codes from another's. -> str"""
+        codes = self.quantize.embedding.weight.detach().cpu().numpy()
+        return hashlib.blake2b(codes.tobytes(), digest_size=8).hexdigest()
 
     def forward(self, pixels, quantized=True):
         """Training: -> (reconstruction, codebook and commitment loss, tokens); unquantized: loss 0, no tokens."""

@@ -323,6 +323,7 @@ def test_every_damaged_row_is_skipped_and_named(make):
         ({"source_image": "good.png", "input_text": "\ud83d"}, '"input_text" must be text'),
         ({"source_image": "good.png", "do_mask": True}, '"objects" is missing'),
         ({key: good[key] for key in ("source_image", "image_path", "objects")}, '"input_text" is missing'),
+        ({"source_image": ["good.png", "good.png"]}, '"source_image" must be one text, not 2'),
         (good | {"objects": ["cat", "dog"]}, r"2 object\(s\) but 1 path"),
         (masked | {"source_image": "gone.png"}, "gone.png: no such file"),
         (masked | {"source_image": "cut.jpg"}, "cut.jpg: .*damaged"),
@@ -333,7 +334,7 @@ def test_every_damaged_row_is_skipped_and_named(make):
         (masked | {"objects": "cat " * 60}, "prompt needs .* tokens"),
     ]
     dataset = load(make.rows(*[masked] * 16, *(row for row, _ in damaged)), {"segment": 1})
-    assert dataset.lines == 33
+    assert dataset.lines == 34
     found = {problem.split(": ")[0]: problem for k in range(200) for problem in dataset[k]["problems"]}
     found |= {problem.split(": ")[0]: problem for problem in dataset.problems}
     for number, (_, why) in enumerate(damaged, 17):
@@ -351,7 +352,7 @@ def test_too_many_problems_stop_the_run_and_few_are_logged_once(make):
     assert log == ["skipped a.jsonl:7: gone"]
     problems.add([], seen=62)                            # 3 of 80
     problems.add(["a.jsonl:8: torn"], seen=0)            # 4 of 80 is 5 %
-    with pytest.raises(InputError, match="5 of 80 .*\na.jsonl:7: gone\na.jsonl:8: torn\na.jsonl:9: torn$"):
+    with pytest.raises(InputError, match="5 problems in 80 samples.*\na.jsonl:7: gone\na.jsonl:8: torn\na.jsonl:9: torn$"):
         problems.add(["a.jsonl:9: torn"], seen=0)
     hopeless = make.rows(*[{"source_image": f"gone{i}.png"} for i in range(3)])
     for workers in (0, 1):

@@ -142,6 +142,8 @@ def test_muon_moves_matrices_along_all_their_directions_alike_and_leaves_the_res
     (["--global-batch", "6", "--micro-batch", "4"], "--global-batch 6 is no multiple of --micro-batch 4 x 1 ranks"),
     (["--model", "B"], "--model is for --init random"),
     (["--model", "tiny", "--stage", "rope"], "--model tiny has no stage rope"),
+    (["--stage", "pretrain"], "stage pretrain is for --model tiny; add that"),
+    (["--model", "tiny", "--stage", "pretrain", "--init", "random", "--size", "48"], "take a multiple of 32"),
     (["--fsdp", "--stage", "vqgan"], "--fsdp is for the large parts"),
     (["--size", "40"], "up to 24 pixels"),
     (["--resume"], "holds no checkpoint to resume from"),
@@ -170,7 +172,7 @@ def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(wor
     for name in after.keys() & before.keys():
         trains = name.startswith(train.STAGES[stage].trains)
         if not trains:
-            assert torch.equal(before[name], after[name][:len(before[name])]), f"{name} is frozen but moved"
+            assert torch.equal(before[name], after[name][-len(before[name]):]), f"{name} is frozen but moved"
     for part in train.STAGES[stage].trains:
         assert any(not torch.equal(before[name], after[name]) for name in after.keys() & before.keys()
                    if name.startswith(part) and name != "projector.uncond"), f"{part} trains but did not move"
@@ -269,7 +271,7 @@ def test_pretraining_blanks_what_was_written_in_half_of_the_samples_by_the_sampl
     assert hidden.shape == (400, 15) and 0.4 < (share > 0).float().mean() < 0.6
     assert 0.03 < (share == 1).float().mean() < 0.2 and ((share > 0) & (share < 1)).sum() > 100
     assert torch.equal(train.PretrainObjective.hidden(tokens[200:]), hidden[200:])
-    objective = train.PretrainObjective(Mentor(TINY), None)
+    objective = train.PretrainObjective(Mentor(replace(TINY, image_size=16)), None)
     prefix = objective.mentor.prefix(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.bool))
     torch.nn.init.normal_(objective.mentor.decoder.output.weight)
     objective.mentor.eval()
@@ -358,8 +360,26 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_pat
 
 def test_a_resumed_run_must_be_the_same_run(world, tmp_path):
     train.main(command(world, tmp_path, steps=2))
-    with pytest.raises(InputError, match="started with seed 0, not 5"):
-        train.main(command(world, tmp_path, "--resume", "--seed", 5, steps=2))
+    for flag, value, said in (("--seed", 5, "seed 0, not 5"), ("--init", "random", "init .*, not random"),
+                              ("--prefix-rope", "zero", "prefix_rope identity, not zero")):
+        with pytest.raises(InputError, match=f"started with {said}"):
+            train.main(command(world, tmp_path, "--resume", flag, value, steps=2))
+
+
+def test_data_to_validate_on_must_serve_the_stage(world, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"source_image": "a.png", "input_text": "x"}\n')          # reconstruction, which stage 2 lacks
+    with pytest.raises(InputError, match="other.jsonl: holds no row of this stage's tasks"):
+        train.main(command(world, tmp_path, "--val", other, stage="2"))
+
+
+def test_training_a_connector_makes_references_welcome(world, tmp_path):
+    model = weights.load(world[0])
+    model.config = replace(model.config, untrained=("encoder.connector",))
+    model.save_pretrained(tmp_path / "start")
+    for stage, left in (("1", ("encoder.connector",)), ("2", ())):
+        train.main([*command(world, tmp_path / stage, stage=stage, steps=1), "--init", str(tmp_path / "start")])
+        assert weights.load(tmp_path / stage).config.untrained == left
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -406,6 +426,11 @@ def test_tokens_encoded_ahead_train_exactly_as_pictures_do(world, tmp_path):
     train.main(command(world, tmp_path / "pictures"))
     train.main(command(world, tmp_path / "tokens", "--codes", tmp_path / "codes", "--sample-every", 3))
     np.testing.assert_allclose(losses(tmp_path / "tokens"), losses(tmp_path / "pictures"), rtol=1e-6)
+    other = weights.load(world[0])
+    other.vqgan.quantize.embedding.weight.data.neg_()
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="codes.safetensors: made with another VQGAN"):
+        train.main([*command(world, tmp_path / "x", "--codes", tmp_path / "codes"), "--init", str(tmp_path / "other")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
