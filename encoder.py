@@ -345,9 +345,8 @@ class T5(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """The published start, in which small queries stand for the missing 1 / sqrt(head_dim) of the scores: with
-        PyTorch's own, reading takes several times as many samples to learn."""
-        for module in self.modules():
+        """The published start, in which small queries stand for the missing 1 / sqrt(head_dim) of the scores."""
+        for module in reversed(list(self.modules())):          # parents last: an Attention sets its queries anew
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if isinstance(module, Attention):

@@ -3,7 +3,7 @@ import torch
 from conftest import TINY, Golden, close, t5_config, text_config, vision_config
 
 from data import InputError
-from encoder import CLIP_NAMES, DINO_NAMES, T5, T5_NAMES, Clip, Connector, Dino, MultimodalEncoder
+from encoder import CLIP_NAMES, DINO_NAMES, T5, T5_NAMES, Clip, Connector, Dino, MultimodalEncoder, T5Config
 
 
 @pytest.mark.parametrize("name, step, atol", [
@@ -39,6 +39,16 @@ def test_t5_agrees_with_the_golden_outputs(name, channels, codes, atol):
     if codes:
         close(t5.caption_logits(h, mask, g["labels"])[..., ::codes], g["logits"], atol)
         close(t5.caption_losses(h, mask, g["labels"]).mean().view(1), g["loss"], 1e-5)
+
+
+def test_t5_starts_with_queries_small_enough_for_unscaled_scores():
+    config = T5Config(width=192, layers=1, heads=6, head_dim=32, mlp=64, vocab_size=10)
+    attention = T5(config).encoder.blocks[0].attn
+    for part, std in ((attention.q, (192 * 32)**-0.5), (attention.k, 192**-0.5)):
+        assert abs(part.weight.std() / std - 1) < 0.05
+    x = torch.randn(1, 500, 192)
+    q, k = (part(x).view(500, 6, 32) for part in (attention.q, attention.k))
+    assert 0.8 < torch.einsum("qhd,khd->hqk", q, k).std() < 1.2
 
 
 def test_padding_changes_nothing_and_padded_rows_are_zero():
