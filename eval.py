@@ -511,58 +511,68 @@ def ablation(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def add_benchmark_flags(name, add):
+    """Flags of the commands that measure on photographs."""
+    if name != "cmmd":
+        add("--weights", default="tiny", help="as for sample.py (default tiny)")
+        add("--data", required=True, metavar="FOLDER")
+    add("--device", help="default: cuda, else cpu")
+    if name != "reconstruct":
+        add("--clip", metavar="FOLDER", help="CLIP's weights, vocab.json and merges.txt; default: from the hub")
+    if name in ("dreambench", "dreambench++"):
+        add("--dino", metavar="FOLDER", help="DINO's weights; default: from the hub")
+        add("--samples", type=int, default=4, help="pictures a prompt (default 4)")
+    if name == "dreambench":
+        add("--refs", choices=["first", "all"], default="first", help="which pictures serve as reference")
+    if name == "dreambench++":
+        add("--judge-url", help="OpenAI-compatible endpoint, up to /v1; the key is read from OPENAI_API_KEY")
+        add("--judge-model", help="its model's name")
+    if name == "cmmd":
+        add("a", help="a folder of pictures")
+        add("b", help="another")
+    else:
+        add("--out", default=f"out/eval/{name}")
+        add("--batch", type=int, default=8)
+        add("--seed", type=int, default=0)
+
+
+def add_world_flags(name, add):
+    """Flags of the commands about the emoji world."""
+    if name in ("world", "grid"):
+        add("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
+    if name == "grid":
+        add("--rows", type=int, default=8, help="subjects (default 8)")
+        add("--scenes", nargs="+", choices=scenes.SCENES, metavar="SCENE", default=[
+            "snow", "beach", "under water", "city at night", "space", "kitchen", "volcano", "yellow"])
+    if name == "ablation":
+        add("--init", default="out/tiny/pretrain", help="what all variants start from")
+        add("--steps", type=int, default=900, help="optimizer steps of both stages together (default 900)")
+        add("--global-batch", type=int, default=16, help="samples a step (default 16)")
+        add("--seeds", type=int, default=2)
+    if name in ("world", "ablation"):
+        add("--judge", default="out/judge.safetensors")
+        add("--samples", type=int, default=300, help="pictures a task (default 300)")
+        add("--show", type=int, default=16, help="pictures a task on the sheet")
+    if name == "judge":
+        add("--steps", type=int, default=3000)
+    else:
+        add("--seed", type=int, default=EVAL_SEED)
+    if name != "grid":
+        add("--batch", type=int, default=64 if name == "judge" else 50)
+    add("--out", default={"judge": "out/judge.safetensors", "grid": "out/eval/grid.png"}.get(name, f"out/eval/{name}"))
+
+
 def parse(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    functions = {"dreambench": dreambench, "dreambench++": dreambench_plus, "reconstruct": reconstruct, "cmmd": cmmd,
-                 "judge": judge, "world": world, "grid": grid, "ablation": ablation}
-    for name, function in functions.items():
+    benchmarks = {"dreambench": dreambench, "dreambench++": dreambench_plus, "reconstruct": reconstruct, "cmmd": cmmd}
+    small = {"judge": judge, "world": world, "grid": grid, "ablation": ablation}
+    for name, function in (benchmarks | small).items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
-        add = command.add_argument
-        if name in ("dreambench", "dreambench++", "reconstruct"):
-            add("--weights", default="tiny", help="as for sample.py (default tiny)")
-            add("--data", required=True, metavar="FOLDER")
-        if name in ("dreambench", "dreambench++", "reconstruct", "cmmd"):
-            add("--device", help="default: cuda, else cpu")
-        if name in ("dreambench", "dreambench++", "cmmd"):
-            add("--clip", metavar="FOLDER", help="CLIP's weights, vocab.json and merges.txt; default: from the hub")
-        if name in ("dreambench", "dreambench++"):
-            add("--dino", metavar="FOLDER", help="DINO's weights; default: from the hub")
-            add("--samples", type=int, default=4, help="pictures a prompt (default 4)")
-        if name == "dreambench":
-            add("--refs", choices=["first", "all"], default="first", help="which pictures serve as reference")
-        if name == "dreambench++":
-            add("--judge-url", help="OpenAI-compatible endpoint, up to /v1; the key is read from OPENAI_API_KEY")
-            add("--judge-model", help="its model's name")
-        if name == "cmmd":
-            add("a", help="a folder of pictures")
-            add("b", help="another")
-        if name in ("world", "grid"):
-            add("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
-        if name == "grid":
-            add("--rows", type=int, default=8, help="subjects (default 8)")
-            add("--scenes", nargs="+", choices=scenes.SCENES, metavar="SCENE", default=[
-                "snow", "beach", "under water", "city at night", "space", "kitchen", "volcano", "yellow"])
-        if name == "ablation":
-            add("--init", default="out/tiny/pretrain", help="what all variants start from")
-            add("--steps", type=int, default=900, help="optimizer steps of both stages together (default 900)")
-            add("--global-batch", type=int, default=16, help="samples a step (default 16)")
-            add("--seeds", type=int, default=2)
-        if name in ("world", "ablation"):
-            add("--judge", default="out/judge.safetensors")
-            add("--samples", type=int, default=300, help="pictures a task (default 300)")
-            add("--show", type=int, default=16, help="pictures a task on the sheet")
-        if name == "judge":
-            add("--steps", type=int, default=3000)
-        if name != "cmmd":
-            place = {"judge": "out/judge.safetensors", "grid": "out/eval/grid.png"}
-            add("--out", default=place.get(name, f"out/eval/{name}"))
-        if name not in ("cmmd", "grid"):
-            add("--batch", type=int, default={"judge": 64, "world": 50, "ablation": 50}.get(name, 8))
-        if name not in ("cmmd", "judge"):
-            add("--seed", type=int, default=EVAL_SEED if name in ("world", "grid", "ablation") else 0)
+        add_flags = add_benchmark_flags if name in benchmarks else add_world_flags
+        add_flags(name, command.add_argument)
     args = parser.parse_args(argv)
     if args.command == "dreambench++" and bool(args.judge_url) != bool(args.judge_model):
         raise InputError("--judge-url and --judge-model go together; give both or none")
