@@ -307,6 +307,7 @@ def parse(argv):
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, else fp32")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(argv)
+    data.check_numbers(args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     if args.compile is None:

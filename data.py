@@ -65,6 +65,17 @@ def run(main):
         sys.exit(130)
 
 
+def check_numbers(args, free=()):
+    """Raises InputError for a number on the command line that no run can use; `free` names those that may be anything.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in free:
+            zero = name in ("workers", "seed", "adversarial")
+            if not (0 < value < np.inf or value == 0 and zero):
+                raise InputError(f"--{name.replace('_', '-')} is {value} but must be "
+                                 f"{'0 or more' if zero else 'above 0'}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -764,6 +775,7 @@ def main(argv=None):
     made[folder].add_argument("pictures", metavar="PICTURES")
     made[folder].add_argument("--out", metavar="DATA.jsonl")
     args = parser.parse_args(argv)
+    check_numbers(args)
     try:
         args.run(args)
     except OSError as error:

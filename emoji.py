@@ -366,6 +366,7 @@ def main(argv=None):
         if function in (export, subject):
             command.add_argument("folder")
     args = parser.parse_args(argv)
+    data.check_numbers(args, free=("hue",))
     try:
         args.run(args)
     except OSError as error:

@@ -546,7 +546,7 @@ def add_world_flags(name, add):
             "snow", "beach", "under water", "city at night", "space", "kitchen", "volcano", "yellow"])
     if name == "ablation":
         add("--init", default="out/tiny/pretrain", help="what all variants start from")
-        add("--steps", type=int, default=900, help="optimizer steps of both stages together (default 900)")
+        add("--steps", type=int, default=800, help="optimizer steps of both stages together (default 800)")
         add("--global-batch", type=int, default=16, help="samples a step (default 16)")
         add("--seeds", type=int, default=2)
     if name in ("world", "ablation"):
@@ -574,6 +574,7 @@ def parse(argv):
         add_flags = add_benchmark_flags if name in benchmarks else add_world_flags
         add_flags(name, command.add_argument)
     args = parser.parse_args(argv)
+    data.check_numbers(args)
     if args.command == "dreambench++" and bool(args.judge_url) != bool(args.judge_model):
         raise InputError("--judge-url and --judge-model go together; give both or none")
     return args

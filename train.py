@@ -164,6 +164,7 @@ def parse(argv):
 
 def fill_from_table(args):
     """Arguments -> the same with what was not given taken from the stage's row; raises InputError for what clashes."""
+    data.check_numbers(args)
     table = TINY if args.model == "tiny" else STAGES
     if args.stage not in table:
         raise InputError(f"--model tiny has no stage {args.stage}; its stages are {', '.join(TINY)}" if table is TINY

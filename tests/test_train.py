@@ -146,6 +146,9 @@ def test_muon_moves_matrices_along_all_their_directions_alike_and_leaves_the_res
     (["--model", "tiny", "--stage", "pretrain", "--init", "random", "--size", "48"], "take a multiple of 32"),
     (["--fsdp", "--stage", "vqgan"], "--fsdp is for the large parts"),
     (["--size", "40"], "up to 24 pixels"),
+    (["--steps", "0"], "--steps is 0 but must be above 0"),
+    (["--lr", "nan"], "--lr is nan but must be above 0"),
+    (["--workers", "-1"], "--workers is -1 but must be 0 or more"),
     (["--resume"], "holds no checkpoint to resume from"),
     (["--device", "cuda"], "no CUDA here"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
