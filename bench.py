@@ -1,16 +1,15 @@
-"""Measures speed against what the machine could do.
+"""Measures speed and memory against what the machine could do.
 
-    python bench.py decode                   # a token of decoder XL, one picture with guidance
-    python bench.py train --size B           # an optimizer step of stage 2
-    python bench.py encode                   # CLIP and T5, the prompt's way to the prefix
-    python bench.py vqgan                    # pictures to tokens and back
+    python bench.py decode                   # a token of decoder XL, one image with guidance
+    python bench.py train --size B           # forward, backward and optimizer step of stage 2
+    python bench.py encode                   # CLIP and T5: from a prompt to the prefix
+    python bench.py vqgan                    # images to tokens and back
     python bench.py loader                   # samples a second that one worker reads from JPEGs
-    python bench.py memory                   # what a picture of the full size takes, by formula
+    python bench.py memory                   # what sampling an image at full size takes, by formula
 
-Every table counts bytes or operations by formula and holds them against a ceiling measured in the same run: a large
-read for what waits for memory, a large matrix product for what waits for arithmetic. Weights are random, sizes real.
-
-Next: `model.py`, where the comments say what these numbers decided.
+Each row of a table counts bytes or floating-point operations (FLOPs) by formula and compares their rate with a ceiling
+measured in the same run: the rate of a large read where memory is the limit, of a large matrix product where
+arithmetic is. Weights are random, sizes are real.
 """
 import argparse
 import json
@@ -24,325 +23,371 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
+import cli
 import data
-from data import InputError
+from cli import InputError
 from encoder import MultimodalEncoder
-from model import SIZES, Decoder, Graphs, Mentor, Prefix, Sampling, draw_tokens, size_config
-from train import STAGES, TokenObjective, freeze, make_optimizer, used_memory
+from model import SIZES, Decoder, Graphs, Mentor, Prefix, Sampling, compile_blocks, sample_tokens
+from train import STAGES, TokenObjective, freeze, make_optimizers
 from vqgan import VQGAN
+from weights import byte_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CARDS = (8, 12, 16, 24)          # GB of common graphics cards
+DOG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "dog.jpg")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a step costs, by formula
+# What a step costs, by formula; a multiplication and an addition are two FLOPs
 
 def decoder_weights(config):
     """Numbers in the matrices that every token passes: attention, feed-forward, output."""
     return config.layers * (4 * config.width**2 + 3 * config.width * config.hidden) + config.width * config.codes
 
 
-def decode_bytes(config, rows, length, itemsize):
-    """Bytes a decoding step must read: every matrix once, and the cache of `rows` sequences up to `length`."""
-    return itemsize * (decoder_weights(config) + rows * config.layers * 2 * length * config.width)
+def decode_bytes(config, batch, length, itemsize):
+    """Bytes that a decoding step must read: every matrix once, and keys and values of `length` positions a sequence."""
+    return itemsize * (decoder_weights(config) + batch * config.layers * 2 * length * config.width)
 
 
-def decoder_operations(config, rows, tokens, keys, outputs):
-    """Multiplications and additions of `tokens` new positions a sequence that see `keys` positions on average, with
-    logits for `outputs` of them."""
-    inner = decoder_weights(config) - config.width * config.codes
-    attention = config.layers * 2 * keys * config.width        # scores, and their use on the values
-    return 2 * rows * (tokens * (inner + attention) + outputs * config.width * config.codes)
+def decoder_flops(config, batch, tokens, keys, outputs):
+    """FLOPs of `tokens` new positions a sequence that attend to `keys` positions, with logits for `outputs` of them."""
+    output = config.width * config.codes
+    blocks = decoder_weights(config) - output
+    attention = config.layers * 2 * keys * config.width        # the scores, and the sum of values they weight
+    return 2 * batch * (tokens * (blocks + attention) + outputs * output)
 
 
-def t5_operations(config, rows, tokens):
-    """Of T5's encoder."""
+def t5_flops(config, batch, tokens):
+    """FLOPs of T5's encoder."""
     inner = config.heads * config.head_dim
-    return 2 * rows * tokens * config.layers * (4 * config.width * inner + 3 * config.width * config.mlp
-                                                + 2 * tokens * inner)
+    block = 4 * config.width * inner + 3 * config.width * config.mlp + 2 * tokens * inner
+    return 2 * batch * tokens * config.layers * block
 
 
-def clip_operations(config, pictures):
-    """Of CLIP's picture side, up to the last block but one."""
+def clip_flops(config, images):
+    """FLOPs of CLIP's vision transformer up to the last block but one."""
     tokens = config.grid**2 + 1
     block = 4 * config.width**2 + 2 * config.width * config.mlp + 2 * tokens * config.width
     patches = config.grid**2 * 3 * config.patch_size**2 * config.width
-    return 2 * pictures * (tokens * (config.layers - 1) * block + patches)
+    return 2 * images * (tokens * (config.layers - 1) * block + patches)
 
 
-def train_operations(config, batch, prefix, stage):
-    """Of a step: CLIP forward, the decoder forward and, twice as dear, backward, T5 so only in stage 2."""
+def train_flops(config, batch, prefix, stage):
+    """FLOPs of a training step. A backward pass costs twice its forward pass; CLIP has none, T5 has one in stage 2."""
     length = prefix + config.grid**2 - 1
-    decoder = decoder_operations(config.decoder, batch, length, length, config.grid**2)
-    t5 = t5_operations(config.t5, batch, prefix)
-    return 3 * decoder + (3 if stage == "2" else 1) * t5 + clip_operations(config.vision, batch)
+    decoder = decoder_flops(config.decoder, batch, length, length, config.grid**2)
+    t5 = t5_flops(config.t5, batch, prefix)
+    if stage == "2":
+        t5 = 3 * t5
+    return 3 * decoder + t5 + clip_flops(config.vision, batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
-def clock(function, device, least=1.0, most=50):
-    """Median seconds of a call, after two calls to warm up; repeated for `least` seconds and at most `most` times."""
-    def once():
-        begun = time.perf_counter()
+def clock(function, device, most=50):
+    """Median seconds of a call: two calls to warm up, then calls until a second has passed, `most` at most."""
+    times = []
+    while len(times) < 3 or sum(times[2:]) < 1 and len(times) < 2 + most:
+        start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
-    once(), once()
-    times = []
-    while sum(times) < least and len(times) < most:
-        times.append(once())
-    return statistics.median(times)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def timed(what, function, device, most=50, **counts):
+    """A row of the table. counts: the bytes, flops, tokens or samples of a call."""
+    return {"what": what, "seconds": clock(function, device, most), **counts}
 
 
 def read_rate(device):
-    """Bytes a second of a large read: 1 GiB, more than any cache holds, in pieces of a matrix's size."""
+    """Bytes a second of a large read: 1 GiB, more than any cache holds, in pieces as large as a matrix."""
     pieces = [torch.rand(2**22, device=device) for _ in range(64)]
     return 2**30 / clock(lambda: [piece.sum() for piece in pieces], device)
 
 
 def product_rate(device, dtype):
-    """Operations a second of a large matrix product."""
+    """FLOPs a second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / clock(lambda: a @ b, device)
 
 
-def fill(module):
-    """Small random numbers in all parameters, quickly."""
-    for parameter in module.parameters():
-        parameter.data.uniform_(-0.02, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
-    return module.eval().requires_grad_(False)
-
-
-def built(make, device, dtype):
-    """A network in the right place and type from the start."""
+def build(make, device, dtype):
+    """A network with small random weights, much faster than by its own initialisation."""
     with torch.device("meta"):
         module = make()
-    return fill(module.to(dtype).to_empty(device=device))
+    module = module.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    for parameter in module.parameters():
+        parameter.uniform_(-0.02, 0.02)
+    return module
 
 
-def config_of(args):
-    """The size asked for; the last id of its vocabulary stands for a picture's rows."""
-    config = size_config(args.size)
-    return replace(config, image_id=config.t5.vocab_size - 1)
-
-
-def some_prefix(config, batch, length, device, dtype):
-    """Random rows, no padding, half of them a picture's."""
-    rows = torch.randn(batch, length, config.width, device=device).to(dtype)
+def random_prefix(config, batch, length, device, dtype):
+    """A prefix without padding, the first half of it a reference image's rows."""
+    rows = torch.randn(batch, length, config.width, device=device).to(dtype)              # (B, S, D)
     valid = torch.ones(batch, length, dtype=torch.bool, device=device)
-    return Prefix(rows, valid, (torch.arange(length, device=device) < length // 2).expand(batch, -1))
+    is_image = torch.arange(length, device=device) < length // 2
+    return Prefix(rows, valid, is_image.expand(batch, -1))
+
+
+def random_prompts(config, batch, length, device):
+    """A reference image and text up to `length` for each sample; the last id of T5's vocabulary stands for <image>.
+    -> batch of ids, mask and refs"""
+    ids = torch.full((batch, length), 5, device=device)                                   # (B, S)
+    ids[:, :config.vision.grid**2] = config.image_id
+    side = config.vision.image_size
+    return {"ids": ids, "mask": ids > 0, "refs": torch.randn(batch, 3, side, side, device=device)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The measurements: -> rows of the table, each {"what", "seconds", and what it is held against}
+# The measurements: -> rows of the table
+
+def step_at(length, decoder, token, cache, rope):
+    """A decoding step that is always at the same position, so that it can be repeated. -> function"""
+    def step():
+        cache.at.fill_(length)
+        return decoder.decode_step(token, cache, rope)
+    repeated = Graphs(step, cache) if token.is_cuda else step
+
+    def call():
+        cache.length = length
+        repeated()
+    return call
+
 
 @torch.inference_mode()
-def decode(args, device, dtype):
-    """Prefill, then decoding steps at several lengths; guidance doubles the sequences."""
-    config, rows = size_config(args.size).decoder, []
-    decoder, grid = built(lambda: Decoder(config), device, dtype), args.pixels // size_config(args.size).vqgan.factor
+def bench_decode(config, args, device, dtype):
+    """Prefill, then decoding steps at several positions; guidance doubles the sequences."""
+    decoder = build(lambda: Decoder(config.decoder, config.vision.grid), device, dtype)
     if args.compile:
-        decoder.compile_blocks()
+        compile_blocks(decoder)
     sequences = args.batch * (2 if args.guidance else 1)
-    prefix = some_prefix(config, sequences, args.prefix, device, dtype)
-    seconds = clock(lambda: decoder.prefill(prefix, grid), device, most=3)
-    rows.append({"what": f"prefill of {args.prefix} rows", "seconds": seconds,
-                 "operations": decoder_operations(config, sequences, args.prefix, args.prefix, 1)})
-    _, cache, rope = decoder.prefill(prefix, grid)
-    token, total = torch.zeros(sequences, dtype=torch.long, device=device), args.prefix + grid**2
-    for length in sorted({args.prefix, (args.prefix + total) // 2, total - 1}):
-        def step():
-            cache.at.fill_(length)
-            decoder.decode_step(token, cache, rope)
-        run = Graphs(step, cache) if device.type == "cuda" else step
-
-        def once():
-            cache.length = length
-            run()
-        rows.append({"what": f"token at position {length}", "seconds": clock(once, device), "tokens": args.batch,
-                     "bytes": decode_bytes(config, sequences, length + 1, dtype.itemsize),
-                     "operations": decoder_operations(config, sequences, 1, length + 1, 1)})
-    logits, uniform = torch.randn(args.batch, config.codes, device=device), torch.rand(args.batch, device=device)
-    sampling = Sampling(top_k=min(1000, config.codes), top_p=0.9)
-    rows.append({"what": "drawing from the logits", "tokens": args.batch,
-                 "seconds": clock(lambda: draw_tokens(logits, uniform, sampling), device)})
+    prefix = random_prefix(config.decoder, sequences, args.prefix, device, dtype)
+    rows = [timed(f"prefill of {args.prefix} rows", lambda: decoder.prefill(prefix, config.grid), device, most=3,
+                  flops=decoder_flops(config.decoder, sequences, args.prefix, args.prefix, 1))]
+    _, cache, rope = decoder.prefill(prefix, config.grid)
+    token = torch.zeros(sequences, dtype=torch.long, device=device)
+    last = args.prefix + config.grid**2 - 1
+    for length in sorted({args.prefix, (args.prefix + last + 1) // 2, last}):
+        step = step_at(length, decoder, token, cache, rope)
+        rows.append(timed(f"token at position {length}", step, device, tokens=args.batch,
+                          bytes=decode_bytes(config.decoder, sequences, length + 1, dtype.itemsize),
+                          flops=decoder_flops(config.decoder, sequences, 1, length + 1, 1)))
+    logits = torch.randn(args.batch, config.decoder.codes, device=device)                 # (B, V)
+    uniform = torch.rand(args.batch, device=device)
+    sampling = Sampling(top_k=min(1000, config.decoder.codes), top_p=0.9)
+    rows.append(timed("sampling from the logits", lambda: sample_tokens(logits, uniform, sampling), device,
+                      tokens=args.batch))
     return rows
 
 
-def train(args, device, dtype):
-    """An optimizer step of a stage, from ready tokens."""
-    config = replace(config_of(args), image_size=args.pixels, prefix_tokens=args.prefix)
-    with torch.device("meta"):
-        mentor = Mentor(config)
-    objective = TokenObjective(fill(mentor.to_empty(device=device)), args)
+def bench_train(config, args, device, dtype):
+    """An optimizer step of a stage, from ready image tokens."""
+    config = replace(config, prefix_tokens=args.prefix)
+    mentor = build(lambda: Mentor(config), device, torch.float32)
+    objective = TokenObjective(mentor)
     freeze(objective, STAGES[args.stage].trains)
-    optimizer = make_optimizer(objective, 1e-4)
-    patches = config.vision.grid**2
-    ids = torch.full((args.batch, args.prefix), 5, device=device)
-    ids[:, :patches] = config.image_id
-    batch = {"ids": ids, "mask": ids > 0, "tokens": torch.randint(config.decoder.codes, (args.batch, config.grid**2),
-                                                                   device=device),
-             "refs": torch.randn(args.batch, 3, config.vision.image_size, config.vision.image_size, device=device)}
+    optimizers = make_optimizers(objective, STAGES[args.stage])
+    batch = random_prompts(config, args.batch, args.prefix, device)
+    batch["tokens"] = torch.randint(config.decoder.codes, (args.batch, config.grid**2), device=device)
     if args.compile:
-        mentor.decoder.compile_blocks()
+        compile_blocks(mentor.decoder)
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = objective(batch)
         losses.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return [{"what": f"stage {args.stage}, {args.batch} samples, {args.pixels} px", "samples": args.batch,
-             "seconds": clock(step, device, most=5),
-             "operations": train_operations(config, args.batch, args.prefix, args.stage)}]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return [timed(f"stage {args.stage}, {args.batch} samples, {args.pixels} px", step, device, most=5,
+                  samples=args.batch, flops=train_flops(config, args.batch, args.prefix, args.stage))]
 
 
 @torch.inference_mode()
-def encode(args, device, dtype):
-    """CLIP and T5: one reference picture and text up to the prefix's length."""
-    config = config_of(args)
-    encoder = built(lambda: MultimodalEncoder(config.vision, config.t5, image_id=config.image_id), device, dtype)
-    ids = torch.full((args.batch, args.prefix), 5, device=device)
-    ids[:, :config.vision.grid**2] = config.image_id
-    refs = torch.randn(args.batch, 3, config.vision.image_size, config.vision.image_size, device=device).to(dtype)
-    clip, t5 = clip_operations(config.vision, args.batch), t5_operations(config.t5, args.batch, args.prefix)
-    return [{"what": "CLIP", "seconds": clock(lambda: encoder.clip(refs), device, most=5), "samples": args.batch,
-             "operations": clip},
-            {"what": f"CLIP and T5, {args.prefix} rows", "samples": args.batch, "operations": clip + t5,
-             "seconds": clock(lambda: encoder(ids, ids > 0, refs), device, most=5)}]
+def bench_encode(config, args, device, dtype):
+    """CLIP and T5: one reference image a sample, and text up to the prefix's length."""
+    encoder = build(lambda: MultimodalEncoder(config.vision, config.t5, image_id=config.image_id), device, dtype)
+    ids, mask, refs = random_prompts(config, args.batch, args.prefix, device).values()
+    refs = refs.to(dtype)
+    clip = clip_flops(config.vision, args.batch)
+    t5 = t5_flops(config.t5, args.batch, args.prefix)
+    return [timed("CLIP", lambda: encoder.clip(refs), device, most=5, samples=args.batch, flops=clip),
+            timed(f"CLIP and T5, {args.prefix} rows", lambda: encoder(ids, mask, refs), device, most=5,
+                  samples=args.batch, flops=clip + t5)]
 
 
 @torch.inference_mode()
-def vqgan(args, device, dtype):
-    """The tokenizer, always in fp32: pictures to tokens and back."""
-    network = built(lambda: VQGAN(size_config(args.size).vqgan), device, torch.float32)
-    pixels = torch.rand(args.batch, 3, args.pixels, args.pixels, device=device)
-    tokens = network.encode(pixels)
-    return [{"what": f"encode {args.pixels} px", "seconds": clock(lambda: network.encode(pixels), device, most=5),
-             "samples": args.batch},
-            {"what": f"decode {args.pixels} px", "seconds": clock(lambda: network.decode(tokens), device, most=5),
-             "samples": args.batch}]
+def bench_vqgan(config, args, device, dtype):
+    """The image tokenizer, always in fp32: images to tokens and back."""
+    network = build(lambda: VQGAN(config.vqgan), device, torch.float32)
+    pixels = torch.rand(args.batch, 3, args.pixels, args.pixels, device=device)           # (B, 3, H, W)
+    tokens = network.encode(pixels)                                                       # (B, T)
+    return [timed(f"encode {args.pixels} px", lambda: network.encode(pixels), device, most=5, samples=args.batch),
+            timed(f"decode {args.pixels} px", lambda: network.decode(tokens), device, most=5, samples=args.batch)]
 
 
-def loader(args, device, dtype):
-    """Rows of stage 2 from JPEGs of 640 pixels, one worker: reading, cropping, masks, prompts."""
+def write_jpegs(folder, count=64):
+    """JPEGs of 640 pixels, a mask, and a JSONL with four rows of stage 2 for each of them. -> its path"""
+    image = data.open_image(DOG).resize((640, 640), Image.BICUBIC)
+    mask = Image.new("L", (640, 640))
+    mask.paste(255, (150, 100, 500, 600))
+    mask.save(os.path.join(folder, "mask.png"))
+    rows = []
+    for i in range(count):
+        image.rotate(i).save(os.path.join(folder, f"{i}.jpg"), quality=90)
+        row = {"source_image": f"{i}.jpg", "input_text": "a dog in the snow", "objects": "dog"}
+        rows += [row | {"generation_only": True},
+                 row | {"image_path": "mask.png", "do_mask": True},
+                 row | {"image_path": "mask.png", "do_replace": True},
+                 row | {"image_path": f"{(i + 1) % count}.jpg"}]
+    path = os.path.join(folder, "rows.jsonl")
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def bench_loader(config, args, device, dtype):
+    """Stage 2's samples from JPEGs, on one thread as a worker has it: reading, cropping, masks, prompts."""
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        picture = data.open_image(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "dog.jpg"))
-        picture, rows = picture.resize((640, 640), Image.BICUBIC), []
-        mask = Image.new("L", (640, 640))
-        mask.paste(255, (150, 100, 500, 600))
-        mask.save(os.path.join(folder, "mask.png"))
-        for k in range(64):
-            picture.rotate(k).save(os.path.join(folder, f"{k}.jpg"), quality=90)
-            row = {"source_image": f"{k}.jpg", "input_text": "a dog in the snow", "objects": "dog"}
-            rows += [row | {"generation_only": True}, row | {"image_path": "mask.png", "do_mask": True},
-                     row | {"image_path": "mask.png", "do_replace": True}, row | {"image_path": f"{(k + 1) % 64}.jpg"}]
-        path = os.path.join(folder, "rows.jsonl")
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        dataset = data.TaskData([path], data.Prompter(data.byte_tokenizer()), args.pixels, 224)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)                               # as every worker has
-        begun = time.perf_counter()
+        dataset = data.TaskData([write_jpegs(folder)], data.Processor(byte_tokenizer()), args.pixels)
+        torch.set_num_threads(1)
+        start = time.perf_counter()
         for _ in data.batches(dataset, 0, args.samples, args.batch):
             pass
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         torch.set_num_threads(threads)
     return [{"what": f"{args.samples} samples of {args.pixels} px", "seconds": seconds, "samples": args.samples}]
 
 
-def memory(args, device, dtype):
-    """GiB that one picture takes, by formula: weights and cache; activations come on top, a few hundred MiB."""
-    config, rows = size_config(args.size), []
+def print_memory(config, args):
+    """GiB that sampling an image takes, by formula: weights and cache; activations add a few hundred MiB."""
     with torch.device("meta"):
         mentor = Mentor(config)
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
-    positions = args.prefix + (args.pixels // config.vqgan.factor)**2
-    cache = 2 * config.decoder.layers * positions * config.decoder.width * args.batch * (2 if args.guidance else 1)
-    for name, kind in DTYPES.items():
-        encoder = count(mentor.encoder) * (4 if name == "fp16" else kind.itemsize)         # T5 overflows in fp16
-        drawing = (count(mentor.decoder) + count(mentor.projector) + cache) * kind.itemsize + 4 * count(mentor.vqgan)
-        for what, total in (("", encoder + drawing), (" --offload", max(encoder, drawing))):
-            fits = [f"{card} GB" for card in (8, 12, 16, 24) if total + 0.75 * 2**30 < card * 1e9]
-            rows.append({"what": f"--dtype {name}{what}", "gib": total / 2**30, "fits": fits})
-    return rows
+    numbers = {name: sum(p.numel() for p in part.parameters()) for name, part in mentor.named_children()}
+    positions = args.prefix + config.grid**2
+    sequences = args.batch * (2 if args.guidance else 1)
+    cache = 2 * config.decoder.layers * positions * config.decoder.width * sequences
+    for name, dtype in DTYPES.items():
+        encoder_itemsize = 4 if name == "fp16" else dtype.itemsize                        # T5 overflows in fp16
+        encoder = numbers["encoder"] * encoder_itemsize
+        rest = (numbers["decoder"] + numbers["projector"] + cache) * dtype.itemsize + 4 * numbers["vqgan"]
+        for flag, total in (("", encoder + rest), (" --offload", max(encoder, rest))):
+            cards = [f"{card} GB" for card in CARDS if total + 0.75 * 2**30 < card * 1e9]
+            print(f"--dtype {name}{flag}".ljust(22) + f"{total / 2**30:6.1f} GiB   cards: "
+                  + (", ".join(cards) or f"none of up to {CARDS[-1]} GB"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
-def report(rows, ceilings):
-    """Adds to every row its rate and its share of the ceiling, the nearer of the two, and prints all as a table."""
-    print(f"{'':34}{'time':>11}{'a second':>18}{'GB/s':>8}{'GFLOP/s':>9}{'of the ceiling':>21}")
-    for row in rows:
-        row["share"] = {kind: row[counted] / row["seconds"] / ceilings[kind]
-                        for kind, counted in (("read", "bytes"), ("product", "operations")) if counted in row}
-        unit = next((name for name in ("tokens", "samples") if name in row), None)
-        rate = f"{row[unit] / row['seconds']:,.1f} {unit}" if unit else ""
-        limit = max(row["share"], key=row["share"].get, default=None)
-        print(f"{row['what']:34}{1000 * row['seconds']:8,.1f} ms{rate:>18}"
-              + "".join(f"{row[name] / row['seconds'] / 1e9:{w},.1f}" if name in row else " " * w
-                        for name, w in (("bytes", 8), ("operations", 9)))
-              + (f"{row['share'][limit]:12.0%} of {limit}" if limit else ""))
+def add_shares(row, ceilings):
+    """row["share"]: what part of each ceiling the row reaches, of each where its count is known."""
+    row["share"] = {}
+    for ceiling, count in (("read", "bytes"), ("product", "flops")):
+        if count in row:
+            row["share"][ceiling] = row[count] / row["seconds"] / ceilings[ceiling]
+
+
+def format_row(row):
+    """A row's time, its rates, and its share of the ceiling that it comes nearer to."""
+    seconds, per_second, gigabytes, gigaflops, share = row["seconds"], "", "", "", ""
+    for unit in ("tokens", "samples"):
+        if unit in row:
+            per_second = f"{row[unit] / seconds:,.1f} {unit}"
+    if "bytes" in row:
+        gigabytes = f"{row['bytes'] / seconds / 1e9:,.1f}"
+    if "flops" in row:
+        gigaflops = f"{row['flops'] / seconds / 1e9:,.1f}"
+    if row["share"]:
+        ceiling = max(row["share"], key=row["share"].get)
+        share = f"{row['share'][ceiling]:12.0%} of {ceiling}"
+    line = f"{row['what']:34}{1000 * seconds:8,.1f} ms{per_second:>18}{gigabytes:>8}{gigaflops:>9}{share}"
+    return line.rstrip()
+
+
+COMMANDS = {    # what measures it (None: nothing does, a formula is printed); default size, batch, pixels a side
+    "decode": (bench_decode, "XL", 1, 512),
+    "train": (bench_train, "B", 4, 256),
+    "encode": (bench_encode, "XL", 1, 512),
+    "vqgan": (bench_vqgan, "XL", 1, 256),
+    "loader": (bench_loader, "XL", 16, 512),
+    "memory": (None, "XL", 1, 512),
+}
 
 
 def parse(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["decode", "train", "encode", "vqgan", "loader", "memory"])
+    """The command line -> arguments, defaults filled in."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--size", choices=SIZES, help="default: B for train, else XL")
-    parser.add_argument("--batch", type=int, help="pictures; default: 4 for train, 16 for loader, else 1")
-    parser.add_argument("--prefix", type=int, default=512, help="rows of the prefix (default 512)")
-    parser.add_argument("--pixels", type=int, help="a side; default: 256 for train and vqgan, else 512")
+    parser.add_argument("--batch", type=cli.positive_int, help="images; default: 4 for train, 16 for loader, else 1")
+    parser.add_argument("--prefix", type=cli.positive_int, default=512, help="rows of the prefix (default 512)")
+    parser.add_argument("--pixels", type=cli.positive_int, help="a side; default: 256 for train and vqgan, else 512")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the decoder's blocks; default: to "
-                                                                                 "decode on cuda")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="the decoder's blocks; default: only for decode on cuda")
     parser.add_argument("--stage", choices=["1", "2"], default="2", help="of train (default 2)")
-    parser.add_argument("--samples", type=int, default=256, help="of loader (default 256)")
+    parser.add_argument("--samples", type=cli.positive_int, default=256, help="of loader (default 256)")
     parser.add_argument("--device", help="default: cuda, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, else fp32")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(argv)
-    data.check_numbers(args)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    _, size, batch, pixels = COMMANDS[args.command]
+    args.size = args.size or size
+    args.batch = args.batch or batch
+    args.pixels = args.pixels or pixels
+    args.device = cli.pick_device(args.device, ("cuda", "cpu"))
+    on_cuda = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bf16" if on_cuda else "fp32")
     if args.compile is None:
-        args.compile = args.command == "decode" and args.device.startswith("cuda")
-    args.size = args.size or ("B" if args.command == "train" else "XL")
-    args.batch = args.batch or {"train": 4, "loader": 16}.get(args.command, 1)
-    args.pixels = args.pixels or (256 if args.command in ("train", "vqgan") else 512)
-    if args.prefix < size_config(args.size).vision.grid**2:
-        raise InputError(f"--prefix is {args.prefix}, but a reference picture alone takes "
-                         f"{size_config(args.size).vision.grid**2} rows; give more")
+        args.compile = args.command == "decode" and on_cuda
     return args
 
 
+def config_for(args):
+    """The network asked for: one of SIZES, with images of --pixels."""
+    config = SIZES[args.size]
+    patches, factor = config.vision.grid**2, config.vqgan.factor
+    if args.prefix < patches:
+        raise InputError(f"--prefix is {args.prefix}, but a reference picture alone takes {patches} rows; give more")
+    if args.pixels % factor:
+        raise InputError(f"--pixels is {args.pixels}, but a token covers {factor} pixels a side; give a multiple")
+    return replace(config, image_size=args.pixels, image_id=config.t5.vocab_size - 1)
+
+
 def main(argv=None):
-    """The command line."""
+    """Measures, and prints the table or a JSON object."""
     args = parse(argv)
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    config, device, dtype = config_for(args), torch.device(args.device), DTYPES[args.dtype]
     if args.command == "memory":
-        for row in memory(args, device, dtype):
-            print(f"{row['what']:22}{row['gib']:6.1f} GiB   cards: {', '.join(row['fits']) or 'none of up to 24 GB'}")
+        print_memory(config, args)
         return
     ceilings = {"read": read_rate(device), "product": product_rate(device, dtype)}
-    rows = globals()[args.command](args, device, dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    record = {**vars(args), "machine": name, "torch": torch.__version__, "ceilings": ceilings, "rows": rows,
-              "peak_gib": used_memory(device)}
+    rows = COMMANDS[args.command][0](config, args, device, dtype)
+    for row in rows:
+        add_shares(row, ceilings)
+    peak = cli.used_memory(device)
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     if args.json:
-        print(json.dumps(record))
+        print(json.dumps({**vars(args), "machine": machine, "torch": torch.__version__, "ceilings": ceilings,
+                          "rows": rows, "peak_gib": peak}))
         return
-    print(f"{args.command}: size {args.size}, batch {args.batch}, {args.dtype}, {name}, torch {torch.__version__}\n"
+    print(f"{args.command}: size {args.size}, batch {args.batch}, {args.dtype}, {machine}, torch {torch.__version__}\n"
           f"ceilings: read {ceilings['read'] / 1e9:.1f} GB/s, product {ceilings['product'] / 1e9:,.0f} GFLOP/s")
-    report(rows, ceilings)
-    print(f"peak memory {record['peak_gib']:.1f} GiB")
+    print(f"{'':34}{'time':>11}{'a second':>18}{'GB/s':>8}{'GFLOP/s':>9}{'of the ceiling':>21}")
+    for row in rows:
+        print(format_row(row))
+    print(f"peak memory {peak:.1f} GiB")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

@@ -1,14 +1,17 @@
-"""What the decoder is told: pictures and text become one sequence of rows in T5's space.
+"""What the decoder is told: images and text become one sequence of rows in T5's space (paper section 2.2).
 
-    reference pictures --CLIP--> patch features --connector--> rows --+
-                                                                      v
+    reference images --CLIP--> patch features --connector--> rows --+
+                                                                    v
     prompt ids --T5 embedding--> rows, `<image>` rows overwritten by the connector's --T5 encoder--> H (B, S, C)
 
-CLIP ViT-L/14 (openai/clip-vit-large-patch14) gives the features of its last-but-one block; its text tower and
-projections are here too, for scores. T5 is FLAN-T5 (google/flan-t5-xl); its decoder half is needed once, to pretrain
-the connector by captioning. Each network ends with a table that gives its tensors' public names.
+CLIP ViT-L/14 (openai/clip-vit-large-patch14) gives the features of its last block but one: the last block is trained
+only to serve the class token, the patches before it still tell what is where. T5 is FLAN-T5 (google/flan-t5-xl): its
+encoder reads in both directions, so that words and patches see each other before the decoder, which only looks back,
+reads them. T5's decoder half is needed once, to pretrain the connector by captioning. Behind each network stands the
+table of its tensors' public names.
 
-Shape letters: B batch, K pictures, P patches, L length, M a memory's length, C width, H heads, hd channels a head.
+Shape letters: B batch, K reference images, P patches of an image, S prefix rows, L any length, M a memory's length,
+C width of the network at hand, H heads, hd channels a head, V T5's vocabulary.
 Next: `rope2d.py`, then `model.py`, which projects the rows to its prefix.
 """
 from dataclasses import dataclass
@@ -17,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import InputError
+from cli import InputError
+
+
+def compute_dtype(x):
+    """The type that attention on x computes in: autocast's where it is on, else x's own."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class Attention(nn.Module):
@@ -38,8 +49,9 @@ class Attention(nn.Module):
     def forward(self, x, memory=None, score_bias=None, causal=False):
         """x: (B, L, C); memory: (B, M, C), None = x; score_bias: added to the scores, broadcasts to (B, H, L, M)."""
         memory = x if memory is None else memory
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)                   # (B, H, L or M, hd)
-                   for part in (self.q(x), self.k(memory), self.v(memory)))
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                     # (B, H, L, hd)
+        k = self.k(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2)                # (B, H, M, hd)
+        v = self.v(memory).unflatten(-1, (self.heads, -1)).transpose(1, 2)                # (B, H, M, hd)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=score_bias, is_causal=causal, scale=self.scale,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).flatten(-2))                                      # (B, L, C)
@@ -50,7 +62,7 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP's picture side; the defaults are ViT-L/14."""
+    """CLIP's image tower; the defaults are ViT-L/14."""
     width: int = 1024
     layers: int = 24
     heads: int = 16
@@ -62,18 +74,6 @@ class VisionConfig:
     def grid(self):
         """Patches a side."""
         return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """CLIP's text side; the defaults go with ViT-L/14."""
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp: int = 3072
-    vocab_size: int = 49408
-    positions: int = 77
-    end_id: int = 49407
 
 
 def quick_gelu(x):
@@ -97,7 +97,7 @@ class VitBlock(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """Vision transformer: a picture cut into patches, behind one class token."""
+    """Vision transformer: an image cut into patches, behind one class token (transformers' modeling_clip.py)."""
 
     def __init__(self, config):
         super().__init__()
@@ -109,7 +109,7 @@ class ClipVision(nn.Module):
         self.blocks = nn.ModuleList(VitBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
         self.norm_post = nn.LayerNorm(config.width)
 
-    def run(self, pixels, layers):
+    def forward_features(self, pixels, layers):
         """(K, 3, H, W) normalised pixels -> (K, 1 + P, C) after that many blocks, no final norm."""
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)                     # (K, P, C)
         x = torch.cat([self.class_embed.expand(len(pixels), 1, -1), patches], dim=1)      # (K, 1 + P, C)
@@ -120,106 +120,20 @@ class ClipVision(nn.Module):
 
     def forward(self, pixels):
         """What MENTOR reads: the patches after the last block but one. (K, 3, H, W) -> (K, P, C)"""
-        return self.run(pixels, self.config.layers - 1)[:, 1:]
-
-    def summary(self, pixels):
-        """What CLIP's scores read: the class token after the last block, normed. (K, 3, H, W) -> (K, C)"""
-        return self.norm_post(self.run(pixels, self.config.layers)[:, 0])
-
-
-class ClipText(nn.Module):
-    """Causal transformer over a caption; its summary is the state at the first end token."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.token_embed = nn.Embedding(config.vocab_size, config.width)
-        self.pos_embed = nn.Parameter(torch.randn(config.positions, config.width) * 0.02)
-        self.blocks = nn.ModuleList(VitBlock(config.width, config.heads, config.mlp) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-
-    def summary(self, ids):
-        """(B, L) ids, each row holding an end token -> (B, C)"""
-        x = self.token_embed(ids) + self.pos_embed[:ids.size(1)]                          # (B, L, C)
-        for block in self.blocks:
-            x = block(x, causal=True)
-        first_end = (ids == self.config.end_id).int().argmax(dim=1)                       # (B,)
-        return self.norm(x[torch.arange(len(x), device=x.device), first_end])             # (B, C)
-
-
-class Clip(nn.Module):
-    """Both towers and their projections into one space, where cosine similarity is the score."""
-
-    def __init__(self, vision=VisionConfig(), text=TextConfig(), dim=768):
-        super().__init__()
-        self.vision, self.text = ClipVision(vision), ClipText(text)
-        self.vision_projection = nn.Linear(vision.width, dim, bias=False)
-        self.text_projection = nn.Linear(text.width, dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
-
-    def embed_image(self, pixels):
-        """(K, 3, H, W) normalised pixels -> (K, dim), not normalised."""
-        return self.vision_projection(self.vision.summary(pixels))
-
-    def embed_text(self, ids):
-        """(B, L) ids -> (B, dim), not normalised."""
-        return self.text_projection(self.text.summary(ids))
+        return self.forward_features(pixels, self.config.layers - 1)[:, 1:]
 
 
 CLIP_NAMES = (  # ours -> public, regular expressions applied in order; "pre_layrnorm" really is the public name
-    (r"^(vision|text)\.blocks", r"\1_model.encoder.layers"),
+    (r"^vision\.blocks", "vision_model.encoder.layers"),
     (r"\.norm([12])\.", r".layer_norm\1."),
     (r"\.attn\.([qkv])\.", r".self_attn.\1_proj."),
     (r"\.attn\.o\.", r".self_attn.out_proj."),
     (r"\.(fc[12])\.", r".mlp.\1."),
     (r"^vision\.patch_embed", "vision_model.embeddings.patch_embedding"),
     (r"^vision\.class_embed", "vision_model.embeddings.class_embedding"),
-    (r"^(vision|text)\.pos_embed", r"\1_model.embeddings.position_embedding.weight"),
+    (r"^vision\.pos_embed", "vision_model.embeddings.position_embedding.weight"),
     (r"^vision\.norm_pre", "vision_model.pre_layrnorm"),
     (r"^vision\.norm_post", "vision_model.post_layernorm"),
-    (r"^text\.token_embed", "text_model.embeddings.token_embedding"),
-    (r"^text\.norm", "text_model.final_layer_norm"),
-    (r"^vision_projection", "visual_projection"),
-)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DINO, which only judges pictures (eval.py)
-
-class Dino(nn.Module):
-    """facebook/dino-vits16 and dino-vits8: a picture's summary that tells subjects of one class apart."""
-
-    def __init__(self, patch_size=16, width=384, layers=12, heads=6, image_size=224):
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
-        self.class_embed = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // patch_size)**2 + 1, width) * 0.02)
-        self.blocks = nn.ModuleList(VitBlock(width, heads, 4 * width, F.gelu, eps=1e-12) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, pixels):
-        """(K, 3, 224, 224) normalised pixels -> class token (K, C)"""
-        patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)                     # (K, P, C)
-        x = torch.cat([self.class_embed.expand(len(pixels), -1, -1), patches], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])                                                         # (K, C)
-
-
-DINO_NAMES = (  # ours -> public, regular expressions applied in order
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.q\.", ".attention.attention.query."),
-    (r"\.attn\.k\.", ".attention.attention.key."),
-    (r"\.attn\.v\.", ".attention.attention.value."),
-    (r"\.attn\.o\.", ".attention.output.dense."),
-    (r"\.fc1\.", ".intermediate.dense."),
-    (r"\.fc2\.", ".output.dense."),
-    (r"^patch_embed", "embeddings.patch_embeddings.projection"),
-    (r"^class_embed", "embeddings.cls_token"),
-    (r"^pos_embed", "embeddings.position_embeddings"),
-    (r"^norm\.", "layernorm."),
 )
 
 
@@ -241,7 +155,7 @@ class T5Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the statistics in fp32 whatever x is, since bf16 squares lose too much."""
+    """x / rms(x) * weight; the statistics in fp32 whatever x is, because bf16 squares lose too much."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -275,15 +189,18 @@ def relative_buckets(length, bidirectional, buckets, max_distance, device=None):
     return bucket + torch.where(distance < exact, distance, far)
 
 
+def t5_attention(config):
+    """T5's form of attention: no biases, no scale on the scores."""
+    return Attention(config.width, config.heads, config.head_dim, bias=False, scale=1.0, dropout=config.dropout)
+
+
 class T5Block(nn.Module):
     """Self-attention, with `cross` also attention to a memory, and a gated feed-forward; each behind an RMSNorm."""
 
     def __init__(self, config, cross=False):
         super().__init__()
-        def attention():
-            return Attention(config.width, config.heads, config.head_dim, bias=False, scale=1.0, dropout=config.dropout)
-        self.attn, self.attn_norm = attention(), RMSNorm(config.width, eps=1e-6)
-        self.cross = attention() if cross else None
+        self.attn, self.attn_norm = t5_attention(config), RMSNorm(config.width, eps=1e-6)
+        self.cross = t5_attention(config) if cross else None
         self.cross_norm = RMSNorm(config.width, eps=1e-6) if cross else None
         self.wi_0 = nn.Linear(config.width, config.mlp, bias=False)
         self.wi_1 = nn.Linear(config.width, config.mlp, bias=False)
@@ -313,17 +230,17 @@ class T5Stack(nn.Module):
 
     def forward(self, x, mask=None, memory=None, memory_mask=None):
         """x: (B, L, C) embeddings; masks: (B, L) and (B, M) bool, True = attend. -> (B, L, C)"""
-        length = x.size(1)
-        buckets = relative_buckets(length, not self.decoder, self.config.buckets, self.config.max_distance, x.device)
-        bias = self.relative_bias(buckets).permute(2, 0, 1).unsqueeze(0).type_as(x)       # (1, H, L, L)
-        hidden = torch.finfo(x.dtype).min
+        buckets = relative_buckets(x.size(1), not self.decoder, self.config.buckets, self.config.max_distance, x.device)
+        dtype = compute_dtype(x)         # here once, or every layer would keep a converted copy for its backward pass
+        hidden = torch.finfo(dtype).min
+        bias = self.relative_bias(buckets).permute(2, 0, 1).unsqueeze(0).to(dtype)        # (1, H, L, L)
         if self.decoder:
             bias = bias.masked_fill(torch.ones_like(buckets, dtype=torch.bool).triu(1), hidden)
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], hidden)                      # (B, H, L, L)
         memory_bias = None
         if memory_mask is not None:
-            memory_bias = torch.zeros_like(memory_mask, dtype=x.dtype).masked_fill(~memory_mask, hidden)
+            memory_bias = torch.zeros_like(memory_mask, dtype=dtype).masked_fill(~memory_mask, hidden)
             memory_bias = memory_bias[:, None, None, :]                                   # (B, 1, 1, M)
         x = self.dropout(x)
         for block in self.blocks:
@@ -332,7 +249,7 @@ class T5Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """FLAN-T5: the encoder, and with `decoder` also the captioning half."""
+    """FLAN-T5 (arXiv 2210.11416): the encoder, and with `decoder` also the captioning half."""
 
     def __init__(self, config=T5Config(), decoder=False):
         super().__init__()
@@ -345,14 +262,16 @@ class T5(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """The published start, in which small queries stand for the missing 1 / sqrt(head_dim) of the scores."""
-        for module in reversed(list(self.modules())):          # parents last: an Attention sets its queries anew
+        """The published start (transformers' modeling_t5.py), in which small queries make up for the missing
+        1 / sqrt(head_dim) of the scores."""
+        for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if isinstance(module, Attention):
-                nn.init.normal_(module.q.weight, std=(self.config.width * self.config.head_dim)**-0.5)
             if isinstance(module, T5Stack):
                 nn.init.normal_(module.relative_bias.weight, std=self.config.width**-0.5)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.q.weight, std=(self.config.width * self.config.head_dim)**-0.5)
 
     def encode(self, rows, mask):
         """rows: (B, L, C) embeddings; mask: (B, L) bool. -> (B, L, C), padded rows zero"""
@@ -388,7 +307,7 @@ T5_NAMES = (  # ours -> public, regular expressions applied in order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures into text
+# Images into text
 
 CONNECTORS = {  # form: (hidden width in units of T5's, activation)
     "released": (1, nn.GELU),
@@ -397,7 +316,7 @@ CONNECTORS = {  # form: (hidden width in units of T5's, activation)
 
 
 class Connector(nn.Sequential):
-    """Two-layer MLP from CLIP's space to T5's, patch by patch. (K, P, C_clip) -> (K, P, C_t5)"""
+    """Two-layer MLP from CLIP's space to T5's, patch by patch. (K, P, C of CLIP) -> (K, P, C of T5)"""
 
     def __init__(self, vision_width, t5_width, form="released"):
         factor, activation = CONNECTORS[form]
@@ -406,7 +325,11 @@ class Connector(nn.Sequential):
 
 
 class MultimodalEncoder(nn.Module):
-    """Prompt with reference pictures -> H, one row per token (paper section 3.1)."""
+    """Prompt with reference images -> H, one row for each token (paper section 2.2).
+
+    "The dog in <image>.", two patches for short, becomes the rows  The | dog | in | p0 | p1 | . | </s>, where p0 and p1
+    are what the connector makes of the patches; from there on T5 treats all rows alike.
+    """
 
     def __init__(self, vision, t5, connector="released", image_id=32100, t5_decoder=False):
         super().__init__()
@@ -415,22 +338,26 @@ class MultimodalEncoder(nn.Module):
         self.connector = Connector(vision.width, t5.width, connector)
         self.t5 = T5(t5, decoder=t5_decoder)
 
-    def forward(self, ids, mask, refs=None):
-        """ids, mask: (B, S), padded at the right; refs: (K, 3, H, W) CLIP pixels of all samples, in order of samples.
+    def check_images(self, is_image, refs):
+        """Raises InputError where the `<image>` rows and the images' patches differ in number."""
+        patches = self.clip.config.grid**2
+        rows, given = int(is_image.sum()), len(refs) * patches
+        if rows != given:
+            raise InputError(f"the prompts have {rows} <image> tokens but {len(refs)} reference pictures give "
+                             f"{given} patches; write {patches} <image> tokens for each picture")
 
-        Each picture fills the next P `<image>` rows. -> H (B, S, C), padded rows zero; raises InputError where the
-        `<image>` rows and the pictures' patches differ in number.
+    def forward(self, ids, mask, refs=None):
+        """ids, mask: (B, S), padded at the right; refs: (K, 3, c, c) CLIP pixels of all samples, in order of samples.
+
+        Each image fills the next P `<image>` rows. -> H (B, S, C), padded rows zero; InputError as in check_images.
         """
         rows = self.t5.embed(ids)                                                         # (B, S, C)
         is_image = ids == self.image_id                                                   # (B, S)
         if refs is None:
-            refs = rows.new_empty(0, 3, 0, 0)
-        given = len(refs) * self.clip.config.grid**2
-        wanted = given if ids.is_meta else int(is_image.sum())     # a dry run on the meta device has no values
-        if wanted != given:
-            raise InputError(f"the prompts have {wanted} <image> tokens but {len(refs)} reference pictures give "
-                             f"{given} patches; write {self.clip.config.grid**2} <image> tokens for each picture")
-        if len(refs):
-            patches = self.connector(self.clip(refs.type_as(rows)))                       # (K, P, C)
-            rows = rows.masked_scatter(is_image.unsqueeze(-1), patches.type_as(rows))     # in order, as pictures come
+            refs = rows.new_empty(0, 3, self.clip.config.image_size, self.clip.config.image_size)
+        if not ids.is_meta:              # a dry run on the meta device has shapes but no values
+            self.check_images(is_image, refs)
+        # also where there are no images: a connector that trains then has gradients (0) on every rank
+        patches = self.connector(self.clip(refs.type_as(rows)))                           # (K, P, C)
+        rows = rows.masked_scatter(is_image.unsqueeze(-1), patches.type_as(rows))         # in order, as images come
         return self.t5.encode(rows, mask)                                                 # (B, S, C)

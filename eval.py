@@ -1,592 +1,452 @@
-"""Measures what a checkpoint can do, with numbers that anyone can make again.
+"""The paper's benchmarks: what a checkpoint can do on photographs, in numbers that can be reproduced.
 
     python eval.py dreambench --weights W --data FOLDER      # CLIP-I, CLIP-T and DINO: 30 subjects x 25 prompts
     python eval.py dreambench++ --weights W --data FOLDER --judge-url URL --judge-model NAME     # the paper's Table 1
-    python eval.py reconstruct --weights W --data FOLDER     # how well a reference is drawn once more
-    python eval.py cmmd A B                                  # distance of two folders of pictures
+    python eval.py reconstruct --weights W --data FOLDER     # how well a reference image is reproduced
+    python eval.py cmmd A B                                  # distance between two folders of images
 
-    python eval.py judge                                     # trains the judge of the emoji world, once
-    python eval.py world                                     # scores a small model on subjects it has never seen
-    python eval.py grid                                      # a sheet of such subjects in several scenes
-    python eval.py ablation                                  # the paper's Table 4 in miniature
+    benchmark's folder -> Examples -> Mentor.sample -> images --scorers.py--> results.jsonl -> table, summary.json
 
-The benchmarks write every picture and a line of results.jsonl for it; started again they go on where they were, and
-under torchrun the processes share the work. The public networks that score are read like all weights: CLIP ViT-B/32
-and DINO ViT-S/16 from the hub, or from folders that --clip and --dino name. FID is left out, it needs Inception's
-weights; CMMD (arXiv 2401.09603), made of CLIP's embeddings, is in its place.
+Each image is written to --out with a line in results.jsonl; the same command started again continues there, and under
+torchrun the processes share the work. The networks that score are CLIP ViT-B/32 and DINO ViT-S/16 from the hub, or
+those in the folders that --clip and --dino name. FID is left out, since it needs Inception's weights; CMMD
+(arXiv 2401.09603), computed from CLIP's embeddings, takes its place.
 
-`judge.py` holds the judges. Next: `bench.py`, the last file.
+Next: `bench.py`, which measures speed and memory.
 """
 import argparse
+import errno
 import json
 import os
 import re
-import subprocess
-import sys
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+import cli
 import data
-import judge as judges
-import scenes
-from data import InputError
-from emoji import EmojiData, Script, World, with_article
-from model import Mentor
-from sprites import paint
-from train import Ranks
+import weights
+from cli import InputError, Ranks
+from scorers import Scorer, VisionJudge, color_distance
 
-EVAL_SEED = 73                                    # of the emoji world's samples; no training and no tuning uses it
+SETTINGS = ("weights", "data", "seed", "samples", "refs", "clip", "dino", "judge_model")    # flags that decide results
+COLUMNS = ("clip_i", "clip_t", "dino")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a benchmark asks for
 
 @dataclass(frozen=True)
-class Unit:
-    """One picture to be drawn and scored."""
-    key: str             # tells it from all others; also its file's name
-    group: str           # whose average it belongs to
-    subject: str         # the name that the network is given
+class Example:
+    """One image to be sampled and scored."""
+    key: str                  # unique; also the image's file name
+    group: str                # the average it counts towards
+    subject: str              # what the network is told that the reference shows
     prompt: str
-    reference: str       # path
-    truths: tuple        # paths of pictures that show the subject
+    reference: str            # path
+    subject_images: tuple     # paths of all images of the subject, which CLIP-I and DINO compare with
     seed: int
 
 
-def pictures_in(folder):
-    """Paths of the pictures that lie in a folder, in order of their names."""
+def images_in(folder):
+    """Paths of the images in a folder, sorted by name; none if there is no such folder."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else ()
     return tuple(os.path.join(folder, name) for name in names
                  if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
 
 
-def dreambench_units(args):
-    """DreamBench's folder: a folder of pictures a subject, prompts_and_classes.txt beside them."""
-    path = os.path.join(args.data, "prompts_and_classes.txt")
+def read_dreambench(path):
+    """DreamBench's prompts_and_classes.txt -> {subject: class}, prompts for objects, prompts for live subjects.
+
+    In a prompt, {1} stands for the class. https://github.com/google/dreambooth/tree/main/dataset
+    """
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-    except OSError:
+    except (OSError, ValueError):
         raise InputError(f"{path}: not readable; --data takes DreamBench's folder, which holds it") from None
-    lists = re.split(r"^(?:Object|Live Subject) Prompts$", text, flags=re.MULTILINE)
-    if len(lists) != 3:
-        raise InputError(f"{path}: has no 'Object Prompts' and 'Live Subject Prompts'; take DreamBench's own file")
-    objects, live = ([prompt.replace("{0} ", "") for prompt in re.findall(r"'(.*\{1\}.*)'\.format", part)]
-                     for part in lists[1:])
-    units = []
-    for subject, kind in re.findall(r"^(\w+),([\w ]+)$", lists[0], flags=re.MULTILINE):
-        truths = pictures_in(os.path.join(args.data, subject))
-        for r, reference in enumerate(truths if args.refs == "all" else truths[:1]):
-            for k, prompt in enumerate(live if kind in ("cat", "dog") else objects):
+    sections = re.split(r"^(?:Object|Live Subject) Prompts$", text, flags=re.MULTILINE)
+    if len(sections) != 3:
+        raise InputError(f"{path}: has no 'Object Prompts' and 'Live Subject Prompts'; use DreamBench's own file")
+    classes = dict(re.findall(r"^(\w+),([\w ]+)$", sections[0], flags=re.MULTILINE))
+    classes.pop("subject_name", None)                          # the table's header
+    prompts = []
+    for section in sections[1:]:
+        lines = re.findall(r"'(.*\{1\}.*)'\.format", section)
+        prompts.append([line.replace("{0} ", "") for line in lines])
+    return classes, *prompts
+
+
+def dreambench_examples(args):
+    """DreamBench's folder: a folder of images for each subject beside prompts_and_classes.txt.
+    -> examples, names of subjects without images"""
+    classes, object_prompts, live_prompts = read_dreambench(os.path.join(args.data, "prompts_and_classes.txt"))
+    examples, missing = [], []
+    for subject, class_name in classes.items():
+        subject_images = images_in(os.path.join(args.data, subject))
+        if not subject_images:
+            missing.append(subject)
+        references = subject_images if args.refs == "all" else subject_images[:1]
+        prompts = live_prompts if class_name in ("cat", "dog") else object_prompts
+        for r, reference in enumerate(references):
+            for p, prompt in enumerate(prompts):
                 for i in range(args.samples):
-                    units.append(Unit(f"{subject}-{r:02}-{k:02}-{i}", subject, kind, prompt.replace("{1}", kind),
-                                      reference, truths, args.seed + len(units)))
-    return units
+                    examples.append(Example(f"{subject}-{r:02}-{p:02}-{i}", subject, class_name,
+                                            prompt.replace("{1}", class_name), reference, subject_images,
+                                            args.seed + len(examples)))
+    return examples, missing
 
 
-def dreambench_plus_units(args):
+def dreambench_plus_examples(args):
     """DreamBench++'s folder: images/<category>/NN.jpg, captions/<category>/NN.txt (the subject, then nine prompts)."""
-    units, root = [], os.path.join(args.data, "images")
+    examples, root = [], os.path.join(args.data, "images")
     for folder, _, _ in sorted(os.walk(root)):
         category = os.path.relpath(folder, root)
-        for reference in pictures_in(folder):
-            stem = os.path.splitext(os.path.basename(reference))[0]
-            path = os.path.join(args.data, "captions", category, f"{stem}.txt")
+        for reference in images_in(folder):
+            number = os.path.splitext(os.path.basename(reference))[0]
+            path = os.path.join(args.data, "captions", category, f"{number}.txt")
             try:
                 with open(path, encoding="utf-8") as file:
                     subject, *prompts = [line.strip() for line in file if line.strip()]
             except (OSError, ValueError):
                 raise InputError(f"{path}: not readable or empty; it should hold the subject and the prompts of "
-                                 f"{reference}, a line each") from None
-            for k, prompt in enumerate(prompts):
+                                 f"{reference}, one on each line") from None
+            for p, prompt in enumerate(prompts):
                 for i in range(args.samples):
-                    units.append(Unit(f"{category.replace(os.sep, '-')}-{stem}-{k}-{i}", category, subject, prompt,
-                                      reference, (reference,), args.seed + len(units)))
-    return units
+                    examples.append(Example(f"{category.replace(os.sep, '-')}-{number}-{p}-{i}", category, subject,
+                                            prompt, reference, (reference,), args.seed + len(examples)))
+    return examples
 
 
-class Record:
-    """results.jsonl: first the settings, then a line for every picture, written once it is drawn and scored.
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and scoring
 
-    Several processes may append; what a killed one left half-written is cut off at the next start.
+class Results:
+    """results.jsonl: first the settings, then one line for each image, written once it is sampled and scored.
+
+    Several processes may append. A line that a killed process left unfinished is cut off at the next start.
     """
 
     def __init__(self, folder, settings, ranks):
         self.path = os.path.join(folder, "results.jsonl")
         if ranks.rank == 0:
-            os.makedirs(folder, exist_ok=True)
-            if os.path.exists(self.path):
-                with open(self.path, "rb+") as file:
-                    whole = file.read().rfind(b"\n") + 1
-                    file.truncate(whole)
-            if not os.path.exists(self.path) or not os.path.getsize(self.path):
-                self.append(settings)
+            self.begin(settings)
         ranks.barrier()
-        with open(self.path, encoding="utf-8") as file:
-            found, *rows = map(json.loads, file)
-        ranks.barrier()                        # all must see the same rows done, or they would not share what is left
-        if differing := [name for name in settings if found.get(name) != settings[name]]:
-            raise InputError(f"{self.path}: was made with another {differing[0]} ({found.get(differing[0])}, not "
-                             f"{settings[differing[0]]}); give the same again or another --out")
+        earlier, *rows = self.read()
+        ranks.barrier()                        # all see the same rows before any appends, so they share what is left
+        for name, value in settings.items():
+            if earlier.get(name) != value:
+                raise InputError(f"{self.path}: was made with another {name} ({earlier.get(name)}, not {value}); give "
+                                 f"the same again or another --out")
         self.done = {row["key"] for row in rows if os.path.exists(os.path.join(folder, f"{row['key']}.png"))}
 
+    @contextmanager
+    def open(self, mode, **options):
+        """The file; an OSError in the block becomes an InputError."""
+        try:
+            with open(self.path, mode, **options) as file:
+                yield file
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read or written ({error.strerror}); make room or choose another "
+                             f"--out, then give the same command again") from None
+
+    def begin(self, settings):
+        """Cuts off an unfinished line; writes the settings if nothing is left."""
+        with self.open("ab+") as file:
+            file.seek(0)
+            finished = file.read().rfind(b"\n") + 1
+            file.truncate(finished)
+        if not finished:
+            self.append(settings)
+
     def append(self, row):
-        """One line, in one write."""
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(json.dumps(row).encode() + b"\n")
+        """Adds a line in a single write, so that lines of several processes do not mix."""
+        line = json.dumps(row).encode() + b"\n"
+        with self.open("ab", buffering=0) as file:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "disk full")
 
     def read(self):
-        """{key: row} of all that is done."""
-        with open(self.path, encoding="utf-8") as file:
-            return {row["key"]: row for row in list(map(json.loads, file))[1:]}
+        """-> settings, then the rows in order; raises InputError for lines that are something else."""
+        lines = []
+        with self.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    lines.append(json.loads(line))
+                    valid = number == 1 or lines[-1].keys() >= {"key", "group", "reference", *COLUMNS}
+                except (ValueError, AttributeError, RecursionError):
+                    valid = False
+                if not valid or not isinstance(lines[-1], dict):
+                    raise InputError(f"{self.path}: line {number} is not one that eval.py wrote; remove it or choose "
+                                     f"another --out")
+        return lines
+
+
+def load_model(args, ranks):
+    """-> model, and all settings that decide the results."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    mentor = weights.load(args.weights, device=ranks.device, dtype=dtype)
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    return mentor, settings | {"size": mentor.config.image_size} | asdict(mentor.config.sampling)
+
+
+def sample_images(mentor, prompts, references, seeds):
+    """One image for each prompt, with the weights' own sampling settings. references: PIL, one for each prompt.
+    -> (B, 3, H, W)"""
+    samples = [mentor.processor(prompt, [reference]) for prompt, reference in zip(prompts, references, strict=True)]
+    return mentor.sample(data.collate(samples), seeds)
+
+
+def score_by_networks(scorer, examples, images, cache):
+    """CLIP-I and DINO against all images of the subject, CLIP-T against the prompt. -> a dict for each image
+
+    cache: {paths of a subject's images: their embeddings}, filled as subjects come up.
+    """
+    embeddings, scores = scorer.embed_images(images), []
+    for i, example in enumerate(examples):
+        if example.subject_images not in cache:
+            cache[example.subject_images] = scorer.embed_images(
+                [data.open_image(path) for path in example.subject_images])
+        subject = cache[example.subject_images]
+        scores.append({"clip_i": (subject["clip"] @ embeddings["clip"][i]).mean().item(),
+                       "dino": (subject["dino"] @ embeddings["dino"][i]).mean().item(),
+                       "clip_t": (scorer.embed_text(example.prompt) @ embeddings["clip"][i]).item()})
+    return scores
+
+
+def score_by_judge(vision_judge, example, reference, image):
+    """Concept preservation (cp) and prompt following (pf), 0 to 4 or None, with the judge's answers."""
+    scores = {}
+    for rubric, shown in (("cp", [reference, image]), ("pf", [image])):
+        scores[rubric], scores[f"{rubric}_answers"] = vision_judge.score(rubric, shown, example.subject, example.prompt)
+    return scores
+
+
+def run_benchmark(args, ranks, examples, vision_judge=None):
+    """Samples and scores what --out does not hold yet, this process its share. -> settings, rows of all, in order"""
+    if not examples:
+        raise InputError(f"{args.data}: holds no subjects with pictures; see `python eval.py {args.command} --help`")
+    cli.probe(os.path.join(args.out, "results.jsonl"))
+    scorer = Scorer(args.clip, args.dino, ranks.device)
+    mentor, settings = load_model(args, ranks)
+    results, cache = Results(args.out, settings, ranks), {}
+    remaining = [example for example in examples if example.key not in results.done][ranks.rank::ranks.world]
+    with tqdm(range(0, len(remaining), args.batch), unit="batch", disable=ranks.rank > 0) as starts:
+        for start in starts:
+            chunk = remaining[start:start + args.batch]
+            prompts = [data.prompt_for("subject", [example.subject], example.prompt) for example in chunk]
+            references = [data.open_image(example.reference) for example in chunk]
+            pixels = sample_images(mentor, prompts, references, [example.seed for example in chunk])
+            images = [data.to_image(image) for image in pixels]
+            scores = score_by_networks(scorer, chunk, images, cache)
+            for i, example in enumerate(chunk):
+                row = {"key": example.key, "group": example.group, "subject": example.subject, "prompt": prompts[i],
+                       "reference": example.reference, "seed": example.seed, **scores[i]}
+                if vision_judge:
+                    row |= score_by_judge(vision_judge, example, references[i], images[i])
+                with cli.atomic_file(os.path.join(args.out, f"{example.key}.png")) as path:
+                    images[i].save(path, "PNG")
+                results.append(row)
+    ranks.barrier()
+    rows = {row["key"]: row for row in results.read()[1:]}
+    return settings, [rows[example.key] for example in examples]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing and scoring
-
-@torch.inference_mode()
-def draw(mentor, prompts, references, seeds):
-    """A batch of pictures with the weights' default settings. references: of each prompt, PIL. -> (B, 3, H, W)"""
-    config = mentor.config
-    pairs = [mentor.prompter(prompt, len(refs)) for prompt, refs in zip(prompts, references)]
-    ids, mask = (torch.stack(part) for part in zip(*pairs))
-    longest = int(mask.sum(dim=1).max())
-    pixels = [data.clip_pixels(picture, config.vision.image_size) for refs in references for picture in refs]
-    pixels = torch.stack(pixels).to(mentor.device) if pixels else None
-    prefix = mentor.prefix(ids[:, :longest].to(mentor.device), mask[:, :longest].to(mentor.device), pixels)
-    tokens = mentor.generate(prefix, seeds, config.sampling)
-    return torch.cat([mentor.vqgan.decode(row[None]) for row in tokens])
-
-
-def start(args):
-    """-> processes, model, what decides the results."""
-    ranks = Ranks.join(args.device)
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    mentor = Mentor.from_pretrained(args.weights, device=ranks.device, dtype=dtype)
-    decisive = ("weights", "data", "seed", "samples", "refs", "clip", "dino", "judge_model")
-    settings = {name: value for name, value in vars(args).items() if name in decisive}
-    settings |= {"size": mentor.config.image_size, **vars(mentor.config.sampling)}
-    return ranks, mentor, settings
-
-
-def benchmark(args, units, settings, ranks, mentor, vision_judge=None):
-    """Draws and scores all units that the record lacks, this process its share. -> rows of all, in order"""
-    if not units:
-        raise InputError(f"{args.data}: holds no subjects with pictures; see `python eval.py {args.command} --help`")
-    scorer, record = judges.Scorer(args.clip, args.dino, ranks.device), Record(args.out, settings, ranks)
-    known = {}                                                 # paths -> embeddings of true pictures
-    todo = [unit for unit in units if unit.key not in record.done][ranks.rank::ranks.world]
-    for first in tqdm(range(0, len(todo), args.batch), unit="batch", disable=ranks.rank > 0):
-        chunk = todo[first:first + args.batch]
-        prompts = [data.subject_prompt([unit.subject], unit.prompt) for unit in chunk]
-        references = [[data.open_image(unit.reference)] for unit in chunk]
-        drawn = [data.to_image(p) for p in draw(mentor, prompts, references, [unit.seed for unit in chunk])]
-        seen = scorer.pictures(drawn)
-        for i, (unit, picture) in enumerate(zip(chunk, drawn)):
-            if unit.truths not in known:
-                known[unit.truths] = scorer.pictures([data.open_image(path) for path in unit.truths])
-            row = {"key": unit.key, "group": unit.group, "subject": unit.subject, "prompt": prompts[i],
-                   "reference": unit.reference, "seed": unit.seed}
-            for name, score in (("clip", "clip_i"), ("dino", "dino")):
-                row[score] = (known[unit.truths][name] @ seen[name][i]).mean().item()
-            row["clip_t"] = (scorer.text(unit.prompt) @ seen["clip"][i]).item()
-            if vision_judge:
-                shown = {"cp": [references[i][0], picture], "pf": [picture]}
-                for rubric, pictures in shown.items():
-                    row[rubric], row[f"{rubric}_answers"] = vision_judge.score(rubric, pictures, subject=unit.subject,
-                                                                               prompt=unit.prompt)
-            path = os.path.join(args.out, f"{unit.key}.png")
-            picture.save(f"{path}.part", "PNG")
-            os.replace(f"{path}.part", path)
-            record.append(row)
-    ranks.barrier()
-    rows = record.read()
-    return [rows[unit.key] for unit in units]
-
+# Tables
 
 def mean(rows, name):
-    """Of the rows that have it; nan where none does."""
+    """Over the rows that have a value; nan if none has."""
     values = [row[name] for row in rows if row[name] is not None]
     return sum(values) / len(values) if values else float("nan")
 
 
-SCORES = {name: partial(mean, name=name) for name in ("clip_i", "clip_t", "dino")}       # rows -> number
+def network_means(rows):
+    """The columns of both benchmarks."""
+    return {name: mean(rows, name) for name in COLUMNS}
 
 
-def table(rows, scores):
-    """Averages per group and over all, printed. scores: {column: rows -> number}. -> {group: {column: number}}"""
+def judge_means(rows):
+    """With the judge's, as the paper's Table 1 has them: 0 to 1."""
+    cp, pf = mean(rows, "cp"), mean(rows, "pf")
+    return {**network_means(rows), "CP": cp / 4, "PF": pf / 4, "CP*PF": cp * pf / 16, "CP/PF": cp / max(pf, 1e-9)}
+
+
+def print_table(groups, means):
+    """Prints averages for each group, then over all. groups: {name: rows}. -> {name: {column: number}}"""
+    table = {name: means(rows) for name, rows in groups.items()}
+    width = max(len(name) for name in groups)
+    print(f"{'':{width}}  pictures" + "".join(f"{column:>9}" for column in table["all"]))
+    for name, rows in groups.items():
+        print(f"{name:{width}}  {len(rows):8}" + "".join(f"{value:9.3f}" for value in table[name].values()))
+    return table
+
+
+def write_report(args, settings, rows, means):
+    """Prints the table; writes summary.json and a contact sheet: for each group the reference and some images."""
     groups = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
-    groups["all"] = rows
-    found = {name: {column: score(part) for column, score in scores.items()} for name, part in groups.items()}
-    wide = max(map(len, groups))
-    print(f"{'':{wide}}  pictures" + "".join(f"{column:>9}" for column in scores))
-    for name, part in groups.items():
-        print(f"{name:{wide}}  {len(part):8}" + "".join(f"{value:9.3f}" for value in found[name].values()))
-    return found
-
-
-def conclude(args, rows, scores, settings):
-    """Prints the table; writes summary.json and a contact sheet: of each group a reference and some pictures."""
-    found = table(rows, scores)
-    write_json(os.path.join(args.out, "summary.json"), {**settings, "scores": found})
-    tiles, places = [], 5
-    for group in list(found)[:-1]:
-        part = [row for row in rows if row["group"] == group]
-        step = max(1, len(part) // (places - 1))
-        drawn = [os.path.join(args.out, f"{row['key']}.png") for row in part[::step][:places - 1]]
-        shown = [data.center_square(data.open_image(path), 256) for path in [part[0]["reference"], *drawn]]
-        tiles += shown + [Image.new("RGB", (256, 256), "white")] * (places - len(shown))
-    data.contact_sheet(tiles, places).save(os.path.join(args.out, "sheet.png"))
+    table = print_table({**groups, "all": rows}, means)
+    cli.write_json(os.path.join(args.out, "summary.json"), {**settings, "scores": table})
+    tiles, columns = [], 5
+    for group in groups.values():
+        step = max(1, len(group) // (columns - 1))
+        paths = [os.path.join(args.out, f"{row['key']}.png") for row in group[::step][:columns - 1]]
+        tiles += [data.center_square(data.open_image(path), 256) for path in [group[0]["reference"], *paths]]
+        tiles += [Image.new("RGB", (256, 256), "white")] * (columns - 1 - len(paths))
+    with cli.atomic_file(os.path.join(args.out, "sheet.png")) as path:
+        cli.contact_sheet(tiles, columns).save(path)
     print(f"wrote {args.out}/results.jsonl, summary.json, sheet.png and the pictures")
 
 
-def write_json(path, content):
-    """The file appears complete or not at all."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(f"{path}.part", path)
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
 
-
-def dreambench(args):
-    """DreamBench: CLIP-I and DINO against all pictures of the subject, CLIP-T against the prompt."""
-    ranks, mentor, settings = start(args)
-    rows = benchmark(args, dreambench_units(args), settings, ranks, mentor)
+def dreambench(args, ranks):
+    """DreamBench: CLIP-I and DINO against all images of the subject, CLIP-T against the prompt."""
+    examples, missing = dreambench_examples(args)
+    settings, rows = run_benchmark(args, ranks, examples)
     if ranks.rank == 0:
-        conclude(args, rows, SCORES, settings)
+        write_report(args, settings, rows, network_means)
+        if missing:
+            print(f"{args.data} holds no pictures of {len(missing)} of DreamBench's subjects ({', '.join(missing)}), "
+                  f"so the averages cannot be compared with published ones")
 
 
-def dreambench_plus(args):
+def dreambench_plus(args, ranks):
     """DreamBench++: the same scores, and with --judge-url concept preservation (CP) and prompt following (PF)."""
-    ranks, mentor, settings = start(args)
-    vision_judge = None
+    if bool(args.judge_url) != bool(args.judge_model):
+        raise InputError("--judge-url and --judge-model go together; give both or none")
+    vision_judge, means = None, network_means
     if args.judge_url:
-        vision_judge = judges.VisionJudge(args.judge_url, args.judge_model, os.environ.get("OPENAI_API_KEY"))
-    rows = benchmark(args, dreambench_plus_units(args), settings, ranks, mentor, vision_judge)
-    if ranks.rank == 0:
-        scores = dict(SCORES)
-        if vision_judge:
-            scores |= {"CP": lambda rows: mean(rows, "cp") / 4, "PF": lambda rows: mean(rows, "pf") / 4,
-                       "CP*PF": lambda rows: mean(rows, "cp") * mean(rows, "pf") / 16,
-                       "CP/PF": lambda rows: mean(rows, "cp") / max(mean(rows, "pf"), 1e-9)}
-            unread = sum(row[name] is None for row in rows for name in ("cp", "pf"))
-            again = sum(len(row[f"{name}_answers"]) - 1 for row in rows for name in ("cp", "pf"))
-            print(f"the judge was asked again {again} times; {unread} answers could not be read and do not count")
-        conclude(args, rows, scores, settings)
-
-
-def reconstruct(args):
-    """Draws every picture of a folder once more. L2 is the mean over pixels of the distance of two colours, as
-    vectors of R, G, B in [0, 1]; beside it stands that of the tokenizer's own copy, which no drawing can go below."""
-    ranks, mentor, settings = start(args)
-    names = [path for folder, _, _ in sorted(os.walk(args.data)) for path in pictures_in(folder)]
-    if not names:
-        raise InputError(f"{args.data}: no folder with pictures; name one")
-    rows, shares = [], range(ranks.rank * args.batch, len(names), ranks.world * args.batch)
-    for first in tqdm(shares, unit="batch", disable=ranks.rank > 0):
-        chunk = names[first:first + args.batch]
-        pictures = [data.open_image(path) for path in chunk]
-        true = torch.stack([data.target_pixels(picture, mentor.config.image_size) for picture in pictures])
-        drawn = draw(mentor, [data.reconstruct_prompt()] * len(chunk), [[picture] for picture in pictures],
-                     range(args.seed + first, args.seed + first + len(chunk))).cpu()
-        with torch.inference_mode():
-            copy = mentor.vqgan.decode(mentor.vqgan.encode(true.to(mentor.device))).cpu()
-        rows += [{"picture": path, "l2": one, "l2_ceiling": other} for path, one, other in
-                 zip(chunk, judges.distance(drawn, true).tolist(), judges.distance(copy, true).tolist())]
-    rows = sorted(sum(ranks.gather(rows), []), key=lambda row: names.index(row["picture"]))
+        vision_judge = VisionJudge(args.judge_url, args.judge_model, os.environ.get("OPENAI_API_KEY"))
+        means = judge_means
+    settings, rows = run_benchmark(args, ranks, dreambench_plus_examples(args), vision_judge)
     if ranks.rank > 0:
         return
-    found = {name: mean(rows, name) for name in ("l2", "l2_ceiling")}
-    os.makedirs(args.out, exist_ok=True)
-    write_json(os.path.join(args.out, "reconstruct.json"), {**settings, **found, "pictures": rows})
-    print(f"{len(rows)} pictures: mean L2 {found['l2']:.4f}, the tokenizer's copy {found['l2_ceiling']:.4f}; wrote "
-          f"{args.out}/reconstruct.json")
+    if vision_judge:
+        unread = sum(row[rubric] is None for row in rows for rubric in ("cp", "pf"))
+        retries = sum(len(row[f"{rubric}_answers"]) - 1 for row in rows for rubric in ("cp", "pf"))
+        print(f"the judge was asked again {retries} times; {unread} answers could not be read and do not count")
+    write_report(args, settings, rows, means)
+
+
+def reconstruction_errors(mentor, references, first_seed):
+    """L2 of the samples of PIL images, and of the tokenizer's copies. -> (B,), (B,)"""
+    targets = torch.stack([data.target_pixels(image, mentor.config.image_size) for image in references])
+    prompts = [data.prompt_for("reconstruct")] * len(references)
+    images = sample_images(mentor, prompts, references, range(first_seed, first_seed + len(references)))
+    with torch.inference_mode():
+        copies = mentor.vqgan.decode(mentor.vqgan.encode(targets.to(mentor.device)))      # (B, 3, H, W)
+    return color_distance(images.cpu(), targets), color_distance(copies.cpu(), targets)
+
+
+def reconstruct(args, ranks):
+    """Reconstructs every image of a folder. L2 is the mean over pixels of the distance between two colours, as vectors
+    of R, G, B in [0, 1]; beside it stands that of the tokenizer's own copy, which no sample can go below."""
+    paths = [path for folder, _, _ in sorted(os.walk(args.data)) for path in images_in(folder)]
+    if not paths:
+        raise InputError(f"{args.data}: no folder with pictures; name one")
+    out = os.path.join(args.out, "reconstruct.json")
+    cli.probe(out)
+    mentor, settings = load_model(args, ranks)
+    rows, starts = {}, range(ranks.rank * args.batch, len(paths), ranks.world * args.batch)
+    with tqdm(starts, unit="batch", disable=ranks.rank > 0) as starts:
+        for start in starts:
+            chunk = paths[start:start + args.batch]
+            l2, l2_ceiling = reconstruction_errors(mentor, [data.open_image(path) for path in chunk], args.seed + start)
+            for i, path in enumerate(chunk):
+                rows[path] = {"picture": path, "l2": l2[i].item(), "l2_ceiling": l2_ceiling[i].item()}
+    for part in ranks.gather(rows):
+        rows |= part
+    if ranks.rank > 0:
+        return
+    rows = [rows[path] for path in paths]
+    means = {name: mean(rows, name) for name in ("l2", "l2_ceiling")}
+    cli.write_json(out, {**settings, **means, "pictures": rows})
+    print(f"{len(rows)} pictures: mean L2 {means['l2']:.4f}, the tokenizer's copy {means['l2_ceiling']:.4f}; wrote "
+          f"{out}")
 
 
 def mmd(a, b, bandwidth=10.0):
-    """Squared maximum mean discrepancy of two sets of embeddings, (N, C) and (M, C), with a Gaussian kernel."""
+    """Squared maximum mean discrepancy of two sets of embeddings, (M, C) and (N, C), with a Gaussian kernel."""
     def kernel(x, y):
         return torch.exp(-torch.cdist(x.double(), y.double()).square() / (2 * bandwidth**2)).mean()
     return (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)).item()
 
 
-def cmmd(args):
-    """Distance of two folders of pictures by CLIP's embeddings (arXiv 2401.09603), times 1000; 0 = alike."""
-    scorer = judges.Scorer(args.clip, False, Ranks.join(args.device).device)
+def cmmd(args, ranks):
+    """Distance between two folders of images by CLIP's embeddings (arXiv 2401.09603), times 1000; 0 = alike. Published
+    figures use ViT-L/14-336: name a folder of it with --clip to compare with them, the default ViT-B/32 does not."""
+    scorer = Scorer(args.clip, None, ranks.device, use_dino=False)
     sets = []
     for folder in (args.a, args.b):
-        if not (paths := pictures_in(folder)):
+        paths = images_in(folder)
+        if not paths:
             raise InputError(f"{folder}: no folder with pictures; name two")
-        sets.append(torch.cat([scorer.pictures([data.open_image(path)])["clip"] for path in tqdm(paths, desc=folder)]))
-    print(f"CMMD {1000 * mmd(*sets):.3f} of {len(sets[0])} and {len(sets[1])} pictures")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The emoji world
-
-def judge(args):
-    """Trains the judge of the emoji world on true pictures and examines it on new ones of the held-out subjects."""
-    scores = judges.train_judge(args.out, args.steps, args.batch)
-    print(f"wrote {args.out}; on true pictures of held-out subjects: {said(scores)}")
-
-
-def said(scores):
-    """Scores in one line."""
-    return ", ".join(f"{name} {value:.3f}" if value < 10 else f"{name} {value:.1f}" for name, value in scores.items())
-
-
-def score_task(mentor, network, task, args):
-    """-> {score: (n,)} of one task, and its first samples with what was drawn, for the sheet."""
-    config, parts, shown = mentor.config, [], []
-    samples = EmojiData(mentor.prompter, config.image_size, config.vision.image_size, {task: 1}, args.seed,
-                        held_out=True, extras=False)
-    for first in tqdm(range(0, args.samples, args.batch), desc=task, leave=False):
-        chunk = [samples[k] for k in range(first, min(first + args.batch, args.samples))]
-        metas, true, batch = [s["meta"] for s in chunk], torch.stack([s["target"] for s in chunk]), data.collate(chunk)
-        with torch.inference_mode():
-            prefix = mentor.prefix(batch["ids"], batch["mask"], batch["refs"])
-            tokens = mentor.generate(prefix, range(args.seed + first, args.seed + first + len(chunk)))
-            drawn = mentor.vqgan.decode(tokens)
-        copy = mentor.vqgan.decode(mentor.vqgan.encode(true))
-        scores = {}
-        for name, pictures in (("", drawn), ("_ceiling", copy)):
-            if task == "subject":
-                part = judges.verdict(network, pictures, metas)
-                part["cp"], part["pf"] = part["subject"] * part["hue"], part["scene"]
-            elif task == "segment":
-                part = {"iou": judges.iou(pictures, metas)}
-            else:
-                part = {"psnr": judges.decibels(pictures, true), "l2": judges.distance(pictures, true)}
-            scores |= {score + name: value for score, value in part.items()}
-        parts.append(scores)
-        shown += list(zip(chunk, drawn))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shown[:args.show]
-
-
-def load_small(weights):
-    """A model that draws pictures of the emoji world's size."""
-    mentor = Mentor.from_pretrained(weights)
-    if mentor.config.image_size != scenes.SIZE:
-        raise InputError(f"{weights}: draws {mentor.config.image_size} pixels a side, not the emoji world's "
-                         f"{scenes.SIZE}; give a model trained with --model tiny")
-    return mentor
-
-
-@torch.no_grad()
-def score_world(mentor, network, args):
-    """-> {task: {score: number}} of held-out subjects, and tiles for a sheet."""
-    found, tiles = {}, []
-    for task in ("subject", "segment", "reconstruct"):
-        scores, shown = score_task(mentor, network, task, args)
-        found[task] = {name: value.mean().item() for name, value in scores.items()}
-        tiles += [data.tile(data.collate([sample]), 3, picture) for sample, picture in shown]
-    cp, pf = found["subject"]["cp"], found["subject"]["pf"]
-    found["subject"] |= {"cp*pf": cp * pf, "cp/pf": cp / max(pf, 1e-9)}
-    return found, tiles
-
-
-def world(args):
-    """Scores a small model: subject-driven pictures, segmentation and reconstruction of held-out subjects."""
-    network, mentor = judges.load_judge(args.judge), load_small(args.weights)
-    found, tiles = score_world(mentor, network, args)
-    record = {"weights": str(args.weights), "seed": args.seed, "samples": args.samples,
-              "sampling": vars(mentor.config.sampling), "judge_on_true_pictures": judges.examine(network), **found}
-    print(f"the judge on true pictures: {said(record['judge_on_true_pictures'])}")
-    for task, scores in found.items():
-        print(f"{task}: {said(scores)}")
-    os.makedirs(args.out, exist_ok=True)
-    data.contact_sheet(tiles, columns=4).save(os.path.join(args.out, "world.png"))
-    write_json(os.path.join(args.out, "world.json"), record)
-    print(f"wrote {args.out}/world.json and world.png")
-
-
-def grid(args):
-    """Draws held-out subjects in several scenes: a row each, the reference first, a column a scene."""
-    mentor, rng, kept, tiles = load_small(args.weights), np.random.default_rng(args.seed), World(True), []
-    for k, index in enumerate(rng.choice(kept.subjects, args.rows, replace=False).tolist()):
-        script = Script((index,), str(rng.choice(list(scenes.PLAIN))))
-        ground = scenes.paint(rng, script.scene)
-        reference, _ = paint(ground, kept.cast(rng, script, [ground])[0])
-        label, = script.labels
-        prompts = [data.subject_prompt([label], f"{with_article(label)} {scenes.SCENES[name][0][0]}")
-                   for name in args.scenes]
-        seeds = range(args.seed + k * len(prompts), args.seed + (k + 1) * len(prompts))
-        drawn = draw(mentor, prompts, [[reference]] * len(prompts), seeds)
-        tiles += [picture.resize((128, 128), Image.BICUBIC) for picture in (reference, *map(data.to_image, drawn))]
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    data.contact_sheet(tiles, 1 + len(args.scenes)).save(args.out)
-    print(f"wrote {args.out}")
-
-
-VARIANTS = {     # the paper's Table 4: tasks left out of stage 1 (None: no stage 1) and of stage 2, its CP, PF, CP*PF
-    "full": ((), (), (.555, .839, .466)),
-    "without stage 1": (None, (), (.179, .673, .120)),
-    "without segmentation in stage 1": (("segment",), (), None),
-    "without recovery": ((), ("recover",), (.661, .284, .188)),
-    "without segmentation in stage 2": ((), ("segment",), (.412, .918, .378)),
-    "without text to image": ((), ("t2i",), None),
-}
-
-
-def train_variant(args, name):
-    """Trains one row of VARIANTS, as far as that is not done, all seeds side by side. -> {seed: folder of weights}"""
-    first, second, _ = VARIANTS[name]
-    stages = [("1", first, args.steps // 3), ("2", second, args.steps - args.steps // 3)]
-    if first is None:                                          # the same budget, all of it for stage 2
-        stages = [("2", second, args.steps)]
-    inits, threads = dict.fromkeys(range(args.seeds), args.init), max(1, (os.cpu_count() or 1) // args.seeds)
-    for stage, without, steps in stages:
-        running = {}
-        for seed, init in inits.items():
-            words = [f"seed{seed}", "none" if first is None else "-".join(["1", *first])]
-            words += ["-".join(["2", *second])] if stage == "2" else []
-            inits[seed] = out = os.path.join(args.out, "_".join(words))      # variants with the same stage 1 share it
-            if os.path.exists(os.path.join(out, f"step-{steps:08}")):
-                continue
-            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-            command = [sys.executable, script, "--model", "tiny", "--stage", stage, "--init", init, "--out", out,
-                       "--seed", str(seed), "--steps", str(steps), "--global-batch", str(args.global_batch),
-                       "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0"]
-            command += [flag for task in without for flag in ("--without", task)]
-            command += ["--resume"] if os.path.exists(os.path.join(out, "model.safetensors")) else []
-            print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}", flush=True)
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if args.seeds > 1 else None
-            running[out] = subprocess.Popen(command, env=environment)
-        if failed := [out for out, process in running.items() if process.wait()]:
-            raise InputError(f"{failed[0]}: the training stopped; give the same command again to go on")
-    return inits
-
-
-ABLATION_COLUMNS = {"CP": ("subject", "cp"), "PF": ("subject", "pf"), "CP*PF": ("subject", "cp*pf"),
-                    "CP/PF": ("subject", "cp/pf"), "hue": ("subject", "hue"), "IoU": ("segment", "iou"),
-                    "L2": ("reconstruct", "l2")}
-
-
-def print_ablation(rows):
-    """The table: of every variant the mean over the seeds and half their range, and the paper's numbers."""
-    print(f"{'mean, half the range over seeds':32}" + "".join(f"{column:>13}" for column in ABLATION_COLUMNS)
-          + "   paper: CP, PF, CP*PF")
-    for name, (_, _, paper) in VARIANTS.items():
-        part, cells = [row for row in rows if row["variant"] == name], ""
-        for task, score in ABLATION_COLUMNS.values():
-            values = [row[task][score] for row in part]
-            cells += f"{np.mean(values):7.3f} {np.ptp(values) / 2:.3f}"
-        print(f"{name:32}{cells}   {', '.join(f'{value:.3f}' for value in paper) if paper else '-'}")
-
-
-def ablation(args):
-    """Trains the small model's variants of the paper's Table 4 with equal budgets and prints the table beside it."""
-    network, rows = judges.load_judge(args.judge), []
-    load_small(args.init)                      # says at once what would be wrong with it
-    budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch}
-    path = os.path.join(args.out, "budget.json")
-    if not os.path.exists(path):
-        os.makedirs(args.out, exist_ok=True)
-        write_json(path, budget)
-    with open(path, encoding="utf-8") as file:
-        if (begun := json.load(file)) != budget:
-            raise InputError(f"{path}: was begun with {begun}, not {budget}; give the same or another --out")
-    for name, (_, _, paper) in VARIANTS.items():
-        for seed, folder in train_variant(args, name).items():
-            path = os.path.join(folder, f"world-{args.samples}-{args.seed}.json")
-            if not os.path.exists(path):
-                found, tiles = score_world(Mentor.from_pretrained(folder), network, args)
-                data.contact_sheet(tiles, columns=4).save(os.path.join(folder, "world.png"))
-                write_json(path, found)
-            with open(path, encoding="utf-8") as file:
-                rows.append({"variant": name, "seed": seed, "paper": paper, **json.load(file)})
-    print(f"judge on true pictures: {said(judges.examine(network))}")
-    print_ablation(rows)
-    path = os.path.join(args.out, "ablation.json")
-    write_json(path, {**budget, "samples": args.samples, "seed": args.seed, "rows": rows})
-    print(f"wrote {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-def add_benchmark_flags(name, add):
-    """Flags of the commands that measure on photographs."""
-    if name != "cmmd":
-        add("--weights", default="tiny", help="as for sample.py (default tiny)")
-        add("--data", required=True, metavar="FOLDER")
-    add("--device", help="default: cuda, else cpu")
-    if name != "reconstruct":
-        add("--clip", metavar="FOLDER", help="CLIP's weights, vocab.json and merges.txt; default: from the hub")
-    if name in ("dreambench", "dreambench++"):
-        add("--dino", metavar="FOLDER", help="DINO's weights; default: from the hub")
-        add("--samples", type=int, default=4, help="pictures a prompt (default 4)")
-    if name == "dreambench":
-        add("--refs", choices=["first", "all"], default="first", help="which pictures serve as reference")
-    if name == "dreambench++":
-        add("--judge-url", help="OpenAI-compatible endpoint, up to /v1; the key is read from OPENAI_API_KEY")
-        add("--judge-model", help="its model's name")
-    if name == "cmmd":
-        add("a", help="a folder of pictures")
-        add("b", help="another")
-    else:
-        add("--out", default=f"out/eval/{name}")
-        add("--batch", type=int, default=8)
-        add("--seed", type=int, default=0)
-
-
-def add_world_flags(name, add):
-    """Flags of the commands about the emoji world."""
-    if name in ("world", "grid"):
-        add("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
-    if name == "grid":
-        add("--rows", type=int, default=8, help="subjects (default 8)")
-        add("--scenes", nargs="+", choices=scenes.SCENES, metavar="SCENE", default=[
-            "snow", "beach", "under water", "city at night", "space", "kitchen", "volcano", "yellow"])
-    if name == "ablation":
-        add("--init", default="out/tiny/pretrain", help="what all variants start from")
-        add("--steps", type=int, default=800, help="optimizer steps of both stages together (default 800)")
-        add("--global-batch", type=int, default=16, help="samples a step (default 16)")
-        add("--seeds", type=int, default=2)
-    if name in ("world", "ablation"):
-        add("--judge", default="out/judge.safetensors")
-        add("--samples", type=int, default=300, help="pictures a task (default 300)")
-        add("--show", type=int, default=16, help="pictures a task on the sheet")
-    if name == "judge":
-        add("--steps", type=int, default=3000)
-    else:
-        add("--seed", type=int, default=EVAL_SEED)
-    if name != "grid":
-        add("--batch", type=int, default=64 if name == "judge" else 50)
-    add("--out", default={"judge": "out/judge.safetensors", "grid": "out/eval/grid.png"}.get(name, f"out/eval/{name}"))
+        with tqdm(paths, desc=folder, disable=ranks.rank > 0) as progress:
+            rows = [scorer.embed_images([data.open_image(path)])["clip"] for path in progress]
+        sets.append(torch.cat(rows))                                                      # (M or N, C)
+    if ranks.rank == 0:
+        print(f"CMMD {1000 * mmd(*sets):.3f} of {len(sets[0])} and {len(sets[1])} pictures")
 
 
 def parse(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: what several commands take, then each command with its own."""
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", help="default: cuda, else cpu")
+    clip = argparse.ArgumentParser(add_help=False)
+    clip.add_argument("--clip", metavar="FOLDER", help="CLIP's weights, vocab.json and merges.txt; default: the hub's")
+    sampling = argparse.ArgumentParser(add_help=False)
+    sampling.add_argument("--weights", default="tiny", help="as for sample.py (default tiny)")
+    sampling.add_argument("--data", required=True, metavar="FOLDER", help="the benchmark's folder, or one of images")
+    sampling.add_argument("--out", metavar="FOLDER", help="default out/eval/COMMAND")
+    sampling.add_argument("--batch", type=cli.positive_int, default=8, help="images sampled together (default 8)")
+    sampling.add_argument("--seed", type=cli.natural, default=0, help="of the first image, counted up (default 0)")
+    scoring = argparse.ArgumentParser(add_help=False)
+    scoring.add_argument("--dino", metavar="FOLDER", help="DINO's weights; default: the hub's")
+    scoring.add_argument("--samples", type=cli.positive_int, default=4, help="images for each prompt (default 4)")
+
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    benchmarks = {"dreambench": dreambench, "dreambench++": dreambench_plus, "reconstruct": reconstruct, "cmmd": cmmd}
-    small = {"judge": judge, "world": world, "grid": grid, "ablation": ablation}
-    for name, function in (benchmarks | small).items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.set_defaults(run=function)
-        add_flags = add_benchmark_flags if name in benchmarks else add_world_flags
-        add_flags(name, command.add_argument)
+
+    def add_command(name, run, *parents):
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__, parents=parents)
+        command.set_defaults(run=run)
+        return command
+
+    command = add_command("dreambench", dreambench, sampling, clip, scoring, device)
+    command.add_argument("--refs", choices=["first", "all"], default="first", help="which images serve as reference")
+
+    command = add_command("dreambench++", dreambench_plus, sampling, clip, scoring, device)
+    command.add_argument("--judge-url", metavar="URL",
+                         help="OpenAI-compatible endpoint, up to and including /v1; its key is read from the "
+                              "environment variable OPENAI_API_KEY")
+    command.add_argument("--judge-model", metavar="NAME", help="name of the model there")
+
+    add_command("reconstruct", reconstruct, sampling, device)
+
+    command = add_command("cmmd", cmmd, clip, device)
+    command.add_argument("a", metavar="A", help="a folder of images")
+    command.add_argument("b", metavar="B", help="another")
+
     args = parser.parse_args(argv)
-    data.check_numbers(args)
-    if args.command == "dreambench++" and bool(args.judge_url) != bool(args.judge_model):
-        raise InputError("--judge-url and --judge-model go together; give both or none")
+    if args.command != "cmmd":
+        args.out = args.out or f"out/eval/{args.command}"
     return args
 
 
 def main(argv=None):
     """The command line."""
     args = parse(argv)
-    args.run(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    ranks = Ranks.join(args.device)
+    args.run(args, ranks)
+    ranks.leave()
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

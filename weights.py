@@ -1,13 +1,14 @@
 """Weights: public files and saved folders in, a whole model out; complete, or an error that names what is missing.
 
 The public files of MENTOR, LlamaGen, CLIP, FLAN-T5 and LLaVA's connector are recognised by the tensors in them and
-read under the names their authors gave (the tables CLIP_NAMES and T5_NAMES stand beside the networks, LAYOUTS below
-says which parts of our model each file fills). A folder written by `Mentor.save_pretrained` is read the same way, with
-our own names. Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
+read under the names that their authors gave (the tables CLIP_NAMES and T5_NAMES stand beside the networks; LAYOUTS below
+says which parts of our model each file fills). A folder written by `save` is read the same way, with our own names.
+Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
 
+    mentor = weights.load("tiny")                    # or "mentor", "random", a folder, a hub repository
     python weights.py convert mentor out/mentor      # public files, downloaded if need be -> one folder of safetensors
 
-Used by `Mentor.from_pretrained`; a reader of the network can skip this file. Next: `sample.py`.
+Skip this file at first: nothing in it is about the network. Next: `sample.py`, the command line.
 """
 import argparse
 import hashlib
@@ -15,15 +16,21 @@ import json
 import os
 import pickle
 import re
-from dataclasses import fields, is_dataclass, replace
+import shutil
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-import data
-from data import InputError
+import cli
+from cli import InputError
+from data import IMAGE
 from encoder import CLIP_NAMES, T5_NAMES, Connector
-from model import SIZES, Mentor, MentorConfig, size_config
+from model import SIZES, Mentor, MentorConfig
 from rope2d import PREFIX_ROPE
 
 TOKENIZER = ("google/flan-t5-xl", "tokenizer.json")
@@ -38,18 +45,29 @@ HUB = {     # name for --weights: the public files it is made of, as (repository
 }
 BUNDLED = {"tiny": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}   # in the repository
 OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+class Part(NamedTuple):
+    """A part of our model as a public file holds it."""
+    ours: str              # prefix of our names
+    public: str = ""       # prefix of the file's names
+    table: tuple = ()      # ours -> public, regular expressions applied in order
+    in_table: str = ""     # prefix under which the table knows the part
+
+
 PROJECTOR_NAMES = ((r"^fc", "cls_embedding.cap_proj.fc"), (r"^uncond$", "cls_embedding.uncond_embedding"))
-LAYOUTS = {  # kind of public file: rows of (our prefix, what the table of names expects there, table, public prefix)
-    "mentor": (("encoder.clip.", "vision.", CLIP_NAMES, "multimodal_encoder.vision_model.vision_tower."),
-               ("encoder.t5.", "", T5_NAMES, "multimodal_encoder.language_model."),
-               ("encoder.connector.", "", (), "multimodal_encoder.language_projection."),
-               ("projector.", "", PROJECTOR_NAMES, ""),
-               ("decoder.", "", (), "")),
-    "decoder": (("projector.", "", PROJECTOR_NAMES, ""), ("decoder.", "", (), "")),
-    "vqgan": (("vqgan.", "", (), ""),),
-    "t5": (("encoder.t5.", "", T5_NAMES, ""),),
-    "clip": (("encoder.clip.", "vision.", CLIP_NAMES, ""),),
-    "connector": (("encoder.connector.", "", (), "model.mm_projector."),),
+CLIP_TOWER = "multimodal_encoder.vision_model.vision_tower."
+LAYOUTS = {  # kind of public file: the parts that it fills
+    "mentor": (Part("encoder.clip.", CLIP_TOWER, CLIP_NAMES, "vision."),
+               Part("encoder.t5.", "multimodal_encoder.language_model.", T5_NAMES),
+               Part("encoder.connector.", "multimodal_encoder.language_projection."),
+               Part("projector.", "", PROJECTOR_NAMES),
+               Part("decoder.")),
+    "decoder": (Part("projector.", "", PROJECTOR_NAMES), Part("decoder.")),
+    "vqgan": (Part("vqgan."),),
+    "t5": (Part("encoder.t5.", "", T5_NAMES),),
+    "clip": (Part("encoder.clip.", "", CLIP_NAMES, "vision."),),
+    "connector": (Part("encoder.connector.", "model.mm_projector."),),
 }
 MARKS = (   # a tensor whose name starts so tells the kind of file; the first that fits
     ("mentor", "multimodal_encoder."), ("decoder", "tok_embeddings."), ("vqgan", "quantize.embedding."),
@@ -71,12 +89,16 @@ def public_name(name, table):
 def public_names(model, kind):
     """{public name: our name} of all tensors that a public file of that kind holds of the model."""
     names = {}
-    for ours, expected, table, prefix in LAYOUTS[kind]:
+    for part in LAYOUTS[kind]:
         for name in model.state_dict():
-            if name.startswith(ours):
-                names[prefix + public_name(expected + name.removeprefix(ours), table)] = name
+            if name.startswith(part.ours):
+                in_table = part.in_table + name.removeprefix(part.ours)
+                names[part.public + public_name(in_table, part.table)] = name
     return names
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading files
 
 def shards(index):
     """The files that a shard index (.json) names."""
@@ -84,32 +106,44 @@ def shards(index):
         return sorted(set(json.load(file)["weight_map"].values()))
 
 
+def read_pickle(path):
+    """What torch.save wrote, memory-mapped where possible; nothing but tensors and plain values is let in."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:          # files older than torch 1.6 are no archives and cannot be mapped
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_content(path):
+    """The content of a .safetensors file, a shard index (.json) or a pickle."""
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    if not path.endswith(".json"):
+        return read_pickle(path)
+    tensors = {}
+    for shard in shards(path):
+        tensors |= read_tensors(os.path.join(os.path.dirname(path), shard))
+    return tensors
+
+
 def read_tensors(path):
-    """{name: tensor} of a .safetensors file, a shard index (.json) or a pickle, memory-mapped where possible.
+    """{name: tensor} of a weight file, memory-mapped where possible; raises InputError that names the file.
 
     Pickles are read with weights_only=True: one that would run code is refused, nothing of it runs.
     """
     path = str(path)
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        if path.endswith(".json"):
-            return {k: v for shard in shards(path) for k, v in
-                    read_tensors(os.path.join(os.path.dirname(path), shard)).items()}
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:      # files older than torch 1.6 are no archives and cannot be mapped
-                if "mmap" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_content(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path or download it again") from None
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"would run code ({reason[1]})" if reason else "holds more than tensors"
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"would run code ({code[1]})" if code else "holds more than tensors"
         raise InputError(f"{path}: this pickle {reason} and was refused, nothing of it was run; "
                          f"get the file from its publisher") from None
     except Exception as error:                 # truncated archives fail in many ways
@@ -121,6 +155,86 @@ def read_tensors(path):
         raise InputError(f"{path}: holds no tensors; it is not one of the public weight files")
     return tensors
 
+
+def download(repo, name):
+    """One file of a hub repository, from the cache or the net: shows progress, resumes, and checks the sum. -> path"""
+    import huggingface_hub                     # here, because it takes a while to import and is seldom needed
+    known = huggingface_hub.try_to_load_from_cache(repo, name)
+    try:
+        path = huggingface_hub.hf_hub_download(repo, name)
+    except Exception as error:
+        raise InputError(f"{repo}/{name}: the download failed ({str(error).splitlines()[0]}); check the connection "
+                         f"and try again, it goes on where it stopped, or name a local folder") from None
+    blob = os.path.realpath(path)
+    digest = os.path.basename(blob)            # the cache names large files by their SHA-256
+    if not isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", digest):
+        with open(blob, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != digest:
+            os.remove(blob)
+            raise InputError(f"{repo}/{name}: the download was damaged and has been removed; try again")
+    return path
+
+
+def files_in(folder):
+    """Paths of the weight files, the configuration and the tokenizer in a folder."""
+    names = sorted(os.listdir(folder))
+    sharded = any(name.endswith(".index.json") for name in names)
+    paths = []
+    for name in names:
+        shard = sharded and re.search(r"-\d+-of-\d+\.safetensors$", name)
+        if name in OWN_FILES or name.endswith((".pt", ".pth", ".bin", ".index.json", ".safetensors")) and not shard:
+            paths.append(os.path.join(folder, name))
+    return paths
+
+
+def locate(weights):
+    """A folder, a name of BUNDLED or HUB, or a hub repository -> list of local files."""
+    weights = BUNDLED.get(weights, weights)
+    if os.path.isdir(weights):
+        return files_in(weights)
+    if weights not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
+        raise InputError(f"{weights}: no such folder of weights; name a folder, a hub repository (owner/name), or one "
+                         f"of random, {', '.join([*BUNDLED, *HUB])}")
+    paths = []
+    for repo, name in HUB.get(weights) or [(weights, name) for name in OWN_FILES]:
+        paths.append(download(repo, name))
+        if name.endswith(".index.json"):
+            for shard in shards(paths[-1]):
+                download(repo, shard)
+    return paths
+
+
+def byte_tokenizer():
+    """A tokenizer that needs no file: one id for each byte behind <pad>, </s>, <unk>; for random models."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>"] + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    return tokenizer
+
+
+def load_tokenizer(path):
+    """Reads a tokenizer.json (FLAN-T5's, or a model folder's own)."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:                 # the library raises bare Exceptions
+        raise InputError(f"{path}: not a readable tokenizer.json ({error}); copy it again") from None
+
+
+def tokenizer_in(weights, paths):
+    """The tokenizer among the files of some weights."""
+    if "tokenizer.json" not in paths:
+        raise InputError(f"{weights}: tokenizer.json is missing; copy the one that belongs to these weights, FLAN-T5's "
+                         f"with public files, into the folder")
+    return load_tokenizer(paths["tokenizer.json"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filling a model
 
 def fill_in(model, tensors, names, path):
     """Puts tensors into the model; raises InputError naming all that is missing, extra or mis-shaped.
@@ -142,7 +256,22 @@ def fill_in(model, tensors, names, path):
     model.load_state_dict(picked, strict=False, assign=True)
 
 
-def load_public(model, path, tensors, kind):
+def lengthen(tensors, name, rows, last=False):
+    """Gives a shorter unconditional table that many rows, the new ones noise. The old ones come first, as in the
+    release, though prompts, padded at the left, read the table from its end; with `last` they stay where they are read.
+    """
+    table = tensors.get(name)
+    if table is None or len(table) >= rows:
+        return
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(rows - len(table), table.size(1), generator=generator) / table.size(1)**0.5
+    parts = [table, noise.type_as(table)]
+    if last:
+        parts.reverse()
+    tensors[name] = torch.cat(parts)
+
+
+def fill_public(model, path, tensors, kind):
     """Puts one public file's tensors into the model, see LAYOUTS."""
     names = public_names(model, kind)
     prefix = {"mentor": "multimodal_encoder.language_model.", "t5": ""}.get(kind)
@@ -157,17 +286,6 @@ def load_public(model, path, tensors, kind):
     fill_in(model, tensors, names, path)
 
 
-def lengthen(tensors, name, rows, last=False):
-    """Gives a shorter unconditional table that many rows, the new ones noise. The old ones come first, as in the
-    release, though prompts, padded at the left, read the table from its end; with `last` they stay where they are read.
-    """
-    table = tensors.get(name)
-    if table is not None and len(table) < rows:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(rows - len(table), table.size(1), generator=generator) / table.size(1)**0.5
-        tensors[name] = torch.cat([noise.type_as(table), table] if last else [table, noise.type_as(table)])
-
-
 def public_config(files):
     """The published network's configuration, with what differs between its files read off them."""
     if "mentor" not in files and "decoder" not in files:
@@ -175,107 +293,37 @@ def public_config(files):
     path, tensors = files.get("mentor") or files["decoder"]
     layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
     width = tensors["tok_embeddings.weight"].size(1) if "tok_embeddings.weight" in tensors else 0
-    sizes = [size for size, (n, _, w) in SIZES.items() if (n, w) == (layers, width)]
+    sizes = [size for size in SIZES.values() if (size.decoder.layers, size.decoder.width) == (layers, width)]
     if not sizes:
         raise InputError(f"{path}: a decoder of {layers} layers and width {width} is none of the sizes "
                          f"{', '.join(SIZES)}")
-    config = size_config(sizes[0])
+    config = sizes[0]
     if "cls_embedding.uncond_embedding" in tensors:
         config = replace(config, prefix_tokens=len(tensors["cls_embedding.uncond_embedding"]))
-    # LlamaGen's own files were trained with the prefix erased (rope2d.py); their names also tell the picture's size
-    if llamagen := re.match(r"t2i_.*_(\d+)\.pt$", os.path.basename(path)):
+    # LlamaGen's own files were trained with the prefix erased (rope2d.py); their names also tell the image's size
+    llamagen = re.match(r"t2i_.*_(\d+)\.pt$", os.path.basename(path))
+    if llamagen:
         config = replace(config, image_size=int(llamagen[1]), decoder=replace(config.decoder, prefix_rope="zero"))
     return config
-
-
-def download(repo, name):
-    """One file of a hub repository, from the cache or the net: shows progress, resumes, and checks the sum. -> path"""
-    import huggingface_hub                     # here, for it takes a while to import and is seldom needed
-    known = huggingface_hub.try_to_load_from_cache(repo, name)
-    try:
-        path = huggingface_hub.hf_hub_download(repo, name)
-    except Exception as error:
-        raise InputError(f"{repo}/{name}: the download failed ({str(error).splitlines()[0]}); check the connection "
-                         f"and try again, it goes on where it stopped, or name a local folder") from None
-    blob = os.path.realpath(path)
-    digest = os.path.basename(blob)            # the cache names large files by their SHA-256
-    if not isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", digest):
-        with open(blob, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if actual != digest:
-            os.remove(blob)
-            raise InputError(f"{repo}/{name}: the download was damaged and has been removed; try again")
-    return path
-
-
-def locate(weights):
-    """A folder, a name of BUNDLED or HUB, or a hub repository -> list of local files."""
-    weights = BUNDLED.get(weights, weights)
-    if os.path.isdir(weights):
-        names = sorted(os.listdir(weights))
-        sharded = any(name.endswith(".index.json") for name in names)
-        wanted = [name for name in names if name in OWN_FILES or name.endswith((".pt", ".pth", ".bin", ".index.json"))
-                  or name.endswith(".safetensors") and not (sharded and re.search(r"-\d+-of-\d+\.", name))]
-        return [os.path.join(weights, name) for name in wanted]
-    if weights not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
-        raise InputError(f"{weights}: no such folder of weights; name a folder, a hub repository (owner/name), or one "
-                         f"of random, {', '.join([*BUNDLED, *HUB])}")
-    paths = []
-    for repo, name in HUB.get(weights) or [(weights, name) for name in OWN_FILES]:
-        paths.append(download(repo, name))
-        if name.endswith(".index.json"):
-            for shard in shards(paths[-1]):
-                download(repo, shard)
-    return paths
-
-
-def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=None, prefix_tokens=None,
-         t5_decoder=False, offload=False, log=print):
-    """Reads a whole model; raises InputError unless every tensor is there and fits.
-
-    weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
-    holds either a saved model or public files under any names. config: instead of what the files say; prefix_rope,
-    prefix_tokens: override it. t5_decoder: also T5's captioning half. offload: see Mentor.cast. log: takes one
-    line of news.
-    """
-    weights = str(weights)
-    if re.fullmatch(r"random(-\w+)?", weights):
-        size = weights[7:] or "toy"
-        if size not in SIZES:
-            raise InputError(f"{weights}: no such size; the sizes are {', '.join(SIZES)}")
-        model = Mentor.random(size, 0, t5_decoder, prefix_rope, prefix_tokens)
-        generator = torch.Generator().manual_seed(0)         # the published start, zero, would draw without looking
-        torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
-        return model.cast(device, dtype, offload)
-    paths = {os.path.basename(path): path for path in locate(weights)}
-    if "config.json" in paths and "model.safetensors" in paths:
-        model = load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder)
-    else:
-        model = load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log)
-    return model.cast(device, dtype, offload).eval()
 
 
 def config_from_dict(cls, values):
     """The inverse of dataclasses.asdict, for nested configurations; raises InputError for names it does not know."""
     known = {f.name: f.type for f in fields(cls)}
-    if unknown := sorted(set(values) - set(known)):
+    unknown = sorted(set(values) - set(known))
+    if unknown:
         raise InputError(f"config.json holds {', '.join(unknown)}, which {cls.__name__} does not know; "
                          f"it was written by another version")
-    made = {name: config_from_dict(known[name], value) if is_dataclass(known[name]) else
-            tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    made = {}
+    for name, value in values.items():
+        if is_dataclass(known[name]):
+            value = config_from_dict(known[name], value)
+        made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
 
 
-def tokenizer_in(weights, paths):
-    """The tokenizer among the files of some weights."""
-    if "tokenizer.json" not in paths:
-        raise InputError(f"{weights}: tokenizer.json is missing; copy the one that belongs to these weights, FLAN-T5's "
-                         f"with public files, into the folder")
-    return data.load_tokenizer(paths["tokenizer.json"])
-
-
 def load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder):
-    """A folder that save_pretrained wrote."""
+    """A folder that `save` wrote."""
     tokenizer = tokenizer_in(weights, paths)
     try:
         with open(paths["config.json"]) as file:
@@ -294,9 +342,9 @@ def load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder):
     return model
 
 
-def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log):
-    """A set of public files, told apart by the names of the tensors in them."""
-    files = {}                                 # kind -> (path, tensors)
+def sort_public_files(weights, paths):
+    """Public files told apart by the names of the tensors in them. -> {kind: (path, tensors)}"""
+    files = {}
     for name, path in paths.items():
         if name in ("config.json", "tokenizer.json"):
             continue
@@ -307,27 +355,42 @@ def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_dec
         if kind in files:
             raise InputError(f"{weights}: holds two {kind} files, {files[kind][0]} and {path}; remove one")
         files[kind] = (path, tensors)
-    needed = {"vqgan"} | (set() if "mentor" in files else {"decoder", "t5", "clip"})
-    if missing := sorted(needed - set(files)):
+    needed = {"vqgan"} if "mentor" in files else {"vqgan", "decoder", "t5", "clip"}
+    missing = sorted(needed - set(files))
+    if missing:
         raise InputError(f"{weights}: no file there holds the {' or the '.join(missing)}; add it (README, weights)")
-    tokenizer = tokenizer_in(weights, paths)
-    for kind in ("decoder", "t5", "connector") if "mentor" in files else ():
+    return files
+
+
+def prefer_checkpoint(files, log):
+    """Where there is a MENTOR checkpoint, other files only add what it lacks."""
+    path, own = files["mentor"]
+    for kind in ("decoder", "t5", "connector"):
         if kind in files:
-            log(f"{files.pop(kind)[0]}: is not used, for {files['mentor'][0]} holds a {kind} of its own")
-    if "mentor" in files and "clip" in files:  # the release may have re-initialised CLIP, so its own tensors win
-        path, own = files["mentor"]
-        tower = {LAYOUTS["mentor"][0][3] + name: tensor for name, tensor in files.pop("clip")[1].items()
-                 if name.startswith("vision_model.") and not EXTRAS.search(name)}
-        differing = [name for name in tower if name in own and not torch.equal(own[name].float(), tower[name].float())]
-        if differing:
-            log(f"{path}: {len(differing)} of its CLIP tensors differ from CLIP's own file; the checkpoint's are used")
-        for name in tower:
-            own.setdefault(name, tower[name])
+            log(f"{files.pop(kind)[0]}: is not used, because {path} holds a {kind} of its own")
+    if "clip" not in files:
+        return
+    # the release may have re-initialised CLIP, so the checkpoint's own tensors win
+    tower = {CLIP_TOWER + name: tensor for name, tensor in files.pop("clip")[1].items()
+             if name.startswith("vision_model.") and not EXTRAS.search(name)}
+    differing = [name for name in tower if name in own and not torch.equal(own[name].float(), tower[name].float())]
+    if differing:
+        log(f"{path}: {len(differing)} of its CLIP tensors differ from CLIP's own file; the checkpoint's are used")
+    for name in tower:
+        own.setdefault(name, tower[name])
+
+
+def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log):
+    """A set of public files."""
+    files = sort_public_files(weights, paths)
+    tokenizer = tokenizer_in(weights, paths)
+    if "mentor" in files:
+        prefer_checkpoint(files, log)
     config = (config or public_config(files)).override(prefix_rope, prefix_tokens)
     with torch.device("meta"):
         model = Mentor(config, tokenizer, t5_decoder)
     for kind, (path, tensors) in files.items():
-        load_public(model, path, tensors, kind)
+        fill_public(model, path, tensors, kind)
     if "connector" not in files and "mentor" not in files:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)               # the same on every rank
@@ -337,20 +400,224 @@ def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_dec
     return model
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole models
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def random_model(config, tokenizer, seed=0, t5_decoder=False):
+    """Seeded weights, ready to be trained."""
+    tokenizer.add_special_tokens([IMAGE])
+    config = replace(config, image_id=tokenizer.token_to_id(IMAGE))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return Mentor(config, tokenizer, t5_decoder).eval()
+
+
+def is_public_folder(paths):
+    """Whether config.json is one of the transformers library, as the hub has it beside public weights."""
+    try:
+        with open(paths["config.json"]) as file:
+            return "model_type" in json.load(file)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def place(mentor, device, dtype, offload=False):
+    """Moves a model for sampling. fp16 leaves the encoder in fp32, because T5 overflows; the VQGAN is always fp32.
+
+    offload: decoder and VQGAN stay on the CPU until `Mentor.sample` has freed the encoder's room. -> the model
+    """
+    later = "cpu" if offload else device
+    mentor.encoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
+    mentor.projector.to(device, dtype)
+    mentor.decoder.to(later, dtype)
+    mentor.vqgan.to(later)
+    return mentor.eval()
+
+
+def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=None, prefix_tokens=None,
+         t5_decoder=False, offload=False, log=print):
+    """Reads a whole model; raises InputError unless every tensor is there and fits. -> Mentor, in eval mode
+
+    weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
+    holds either a saved model or public files under any names. config: instead of what the files say; prefix_rope,
+    prefix_tokens: override it. t5_decoder: also T5's captioning half. offload: see `place`. log: takes one
+    line of news.
+    """
+    weights = str(weights)
+    if re.fullmatch(r"random(-\w+)?", weights):
+        size = weights[7:] or "toy"
+        if size not in SIZES:
+            raise InputError(f"{weights}: no such size; the sizes are {', '.join(SIZES)}")
+        config = (config or SIZES[size]).override(prefix_rope, prefix_tokens)
+        model = random_model(config, byte_tokenizer(), 0, t5_decoder)
+        generator = torch.Generator().manual_seed(0)         # the published start, zero, would not look at its input
+        torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
+        return place(model, device, dtype, offload)
+    paths = {os.path.basename(path): path for path in locate(weights)}
+    if "config.json" in paths and "model.safetensors" in paths and not is_public_folder(paths):
+        model = load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder)
+    else:
+        model = load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log)
+    return place(model, device, dtype, offload)
+
+
+def write(mentor, folder, state=None):
+    """Writes model.safetensors, config.json and tokenizer.json into a folder.
+
+    state: tensors to write in place of the model's own, for a model whose parameters are spread over processes.
+    """
+    state = {name: tensor.contiguous() for name, tensor in (state or mentor.state_dict()).items()}
+    save_file(state, os.path.join(folder, "model.safetensors"))
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(asdict(mentor.config), file, indent=1)
+    if mentor.processor:
+        mentor.processor.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+
+
+def save(mentor, folder, state=None):
+    """`write` to a folder of its own, which appears whole or not at all, in place of an older model of that name."""
+    with cli.atomic_folder(folder, OWN_FILES) as temporary:
+        write(mentor, temporary, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of a training run: out/step-00000500/ is a model folder plus training.safetensors and training.json
+
+STEP = re.compile(r"step-(\d{8})$")
+
+
+def checkpoints(out):
+    """All complete checkpoints of a run, newest first."""
+    if not os.path.isdir(out):
+        return []
+    return [os.path.join(out, name) for name in sorted(os.listdir(out), reverse=True) if STEP.match(name)]
+
+
+def newest_checkpoint(out, t5_decoder=False, log=print):
+    """The newest checkpoint that can be read, else the one before, and so on.
+
+    -> model, {name: tensor} of the training state, {"step", "settings"}
+    """
+    for folder in checkpoints(out):
+        try:
+            with open(os.path.join(folder, "training.json")) as file:
+                training = json.load(file)
+            tensors = load_file(os.path.join(folder, "training.safetensors"))
+            return load(folder, t5_decoder=t5_decoder), tensors, training
+        except Exception as error:             # truncated files fail in many ways
+            log(f"{folder}: is damaged ({error}); falling back to the checkpoint before it")
+    raise InputError(f"{out}: holds no checkpoint to resume from; leave out --resume to start anew")
+
+
+def publish(folder, out):
+    """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works."""
+    for name in OWN_FILES:
+        with cli.atomic_file(os.path.join(out, name)) as temporary:
+            os.remove(temporary)
+            try:
+                os.link(os.path.join(folder, name), temporary)
+            except OSError:                    # a file system without links
+                shutil.copyfile(os.path.join(folder, name), temporary)
+
+
+class Codes:
+    """VQ tokens written by `python prepare.py encode`, found by a sample's key."""
+
+    def __init__(self, folder, vqgan, image_size):
+        self.path, self.file = os.path.join(folder, "codes.safetensors"), None
+        try:
+            with safe_open(self.path, "pt") as file:
+                self.keys, metadata = file.get_tensor("keys").numpy(), file.metadata()
+            made_for, made_by = int(metadata["image_size"]), metadata["vqgan"]
+        except Exception as error:             # missing, truncated and foreign files fail in many ways
+            raise InputError(f"{self.path}: no codes ({error}); make them with `python prepare.py encode`") from None
+        if made_for != image_size:
+            raise InputError(f"{self.path}: made for pictures of {made_for} pixels, not {image_size}; encode again")
+        if made_by != vqgan.fingerprint():
+            raise InputError(f"{self.path}: made with another VQGAN than this model's; encode again")
+
+    def __getitem__(self, key):
+        """-> (T,) int64"""
+        self.file = self.file or safe_open(self.path, "pt")          # here, so that each worker opens its own
+        i = int(np.searchsorted(self.keys, key))
+        if i == len(self.keys) or self.keys[i] != key:
+            raise InputError(f"{self.path}: no codes of this row, it was damaged then or changed since; encode again")
+        return self.file.get_slice("tokens")[i].long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory of a training run
+
+def activation_elements(config, prefix_rows, image_tokens, trains):
+    """Numbers kept for the backward pass by one sample of a token stage, counted layer by layer.
+
+    -> (kept in fp32 whatever autocast does, kept in the compute type); attention is taken to be fused, so that no
+    scores are kept. A sample passes T5 (if it or what lies before it trains), then the decoder.
+    """
+    d, t5 = config.decoder, config.t5
+    length = prefix_rows + image_tokens - 1
+    full = d.layers * length * 4 * d.width                     # two residual streams and two normed products
+    half = d.layers * length * (9 * d.width + 4 * d.hidden)    # norms' outputs; q, k, v and rotated; feed-forward
+    full += image_tokens * config.decoder.codes                # log-probabilities
+    if any(part.startswith("encoder") for part in trains):
+        inner = t5.heads * t5.head_dim
+        full += t5.layers * prefix_rows * 4 * t5.width
+        half += t5.layers * prefix_rows * (2 * t5.width + 5 * inner + 5 * t5.mlp)
+    return full, half
+
+
+def activation_bytes(config, trains, itemsize, recomputed=False):
+    """Bytes kept by one sample of the longest prefix. itemsize: of the compute type; recomputed: activation
+    checkpointing, which keeps the input of every block, one block in full, and the log-probabilities."""
+    d, t5, rows, tokens = config.decoder, config.t5, config.prefix_tokens, config.grid**2
+    full, half = activation_elements(config, rows, tokens, trains)
+    total = 4 * full + itemsize * half
+    if recomputed:
+        t5_layers = t5.layers if any(part.startswith("encoder") for part in trains) else 0
+        inputs = d.layers * (rows + tokens) * d.width + t5_layers * rows * t5.width
+        total = 4 * inputs + total / (d.layers + t5_layers) + 4 * tokens * d.codes
+    return total
+
+
+def training_memory(mentor, trains, micro, itemsize, shards=1, recomputed=False):
+    """GiB that a rank needs, by formula: {what: GiB}. Activations are those of the token stages.
+
+    itemsize: bytes of the compute type, 2 under bf16 autocast; shards: ranks that share parameters, gradients and
+    optimizer (FSDP); recomputed: as in activation_bytes.
+    """
+    total = sum(p.numel() for p in mentor.parameters())
+    trained = sum(p.numel() for p in mentor.parameters() if p.requires_grad)
+    rows = {"parameters (fp32)": 4 * total / shards, "gradients (fp32)": 4 * trained / shards,
+            "optimizer (fp32)": 8 * trained / shards}          # AdamW's two moments
+    if itemsize == 2:
+        rows["bf16 copies"] = 2 * trained
+    if "decoder" in trains:
+        rows[f"activations ({micro} samples)"] = micro * activation_bytes(mentor.config, trains, itemsize, recomputed)
+    return {what: count / 2**30 for what, count in rows.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 def main(argv=None):
-    """The command line of this file: converts weights once."""
-    parser = argparse.ArgumentParser(description="Convert weights to a folder of safetensors.")
+    """The command line: converts weights once."""
+    parser = cli.Parser(description="Convert weights to a folder of safetensors.")
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("weights", help=f"a folder, a hub repository, or one of {', '.join([*BUNDLED, *HUB])}")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="how the prefix is rotated; default: as trained")
     parser.add_argument("--half", action="store_true", help="fp16 on disk: half the size; still computed in fp32")
     args = parser.parse_args(argv)
-    model = load(args.weights, prefix_rope=args.prefix_rope)
-    state = model.state_dict()
-    model.save_pretrained(args.out, {name: t.half() for name, t in state.items()} if args.half else state)
-    print(f"wrote {args.out} ({sum(p.numel() for p in model.parameters()) / 1e6:,.0f} M parameters)")
+    cli.check_folder(args.out, OWN_FILES)
+    mentor = load(args.weights, prefix_rope=args.prefix_rope)
+    state = mentor.state_dict()
+    if args.half:
+        state = {name: tensor.half() for name, tensor in state.items()}
+    save(mentor, args.out, state)
+    print(f"wrote {args.out} ({sum(p.numel() for p in mentor.parameters()) / 1e6:,.0f} M parameters)")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

@@ -1,42 +1,38 @@
-import colorsys
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import material
+from conftest import TINY, material
 from PIL import Image
 
 import eval as evaluation
-import scenes
-from data import InputError
-from model import Mentor
+import weights
+from cli import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder of a small model with random weights."""
-    folder = tmp_path_factory.mktemp("small") / "tiny"
-    Mentor.from_pretrained("random-tiny").save_pretrained(folder)
+    """A folder of a small model with random weights; its prefix holds DreamBench's longest prompt."""
+    folder = tmp_path_factory.mktemp("small") / "weights"
+    config = replace(TINY, prefix_tokens=160, image_size=64)
+    weights.save(weights.random_model(config, weights.byte_tokenizer()), folder)
     return str(folder)
 
 
-def picture(path, colour):
+def write_image(path, colour):
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(len(str(colour))).integers(0, 60, (70, 90, 3))
     Image.fromarray((np.array(Image.new("RGB", (90, 70), colour)) // 2 + noise).astype(np.uint8)).save(path)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
 
 def test_the_discrepancy_of_two_sets_is_0_for_equal_ones_and_known_for_two_points():
     a = torch.nn.functional.normalize(torch.randn(50, 16), dim=-1)
@@ -71,7 +67,7 @@ prompt_list = [
 def dreambench_folder(folder):
     for subject, colours in {"ball": ["red", "blue"], "rex": ["brown"]}.items():
         for i, colour in enumerate(colours):
-            picture(folder / subject / f"{i:02}.jpg", colour)
+            write_image(folder / subject / f"{i:02}.jpg", colour)
     (folder / "prompts_and_classes.txt").write_text(PROMPTS)
     return str(folder)
 
@@ -114,13 +110,15 @@ def test_dreambench_scores_every_prompt_and_two_processes_finish_what_one_began(
 def test_dreambench_reads_the_published_prompts_and_photographs():
     photos = material("MENTOR_PHOTOS", "photos")
     args = evaluation.parse(["dreambench", "--data", str(photos), "--samples", "1", "--refs", "all"])
-    units = evaluation.dreambench_units(args)
+    examples, missing = evaluation.dreambench_examples(args)
     prompts = {}
-    for unit in units:
-        prompts.setdefault(unit.group, set()).add(unit.prompt)
-    assert all(len(found) == 25 for found in prompts.values()) and "a dog wearing a red hat" in prompts["dog"]
+    for example in examples:
+        prompts.setdefault(example.group, set()).add(example.prompt)
+    assert len(prompts) + len(missing) == 30 and not set(missing) & set(prompts)
+    assert all(len(of_subject) == 25 for of_subject in prompts.values()) and "a dog wearing a red hat" in prompts["dog"]
     assert "a bowl floating in an ocean of milk" in prompts["berry_bowl"]
-    assert len({unit.key for unit in units}) == len({unit.seed for unit in units}) == len(units)
+    keys, seeds = {example.key for example in examples}, {example.seed for example in examples}
+    assert len(keys) == len(seeds) == len(examples)
 
 
 @pytest.mark.full
@@ -140,7 +138,7 @@ def test_dreambench_scores_real_photographs(tmp_path, networks, small):
 def test_dreambench_plus_asks_for_concept_preservation_and_prompt_following(tmp_path, networks, small, endpoint,
                                                                             capsys):
     for category, subject in {"object": "ball", "live/animal": "dog"}.items():
-        picture(tmp_path / "bench" / "images" / category / "00.jpg", "green")
+        write_image(tmp_path / "bench" / "images" / category / "00.jpg", "green")
         caption = tmp_path / "bench" / "captions" / category / "00.txt"
         caption.parent.mkdir(parents=True)
         caption.write_text(f"{subject}\na {subject} in the snow\n")
@@ -162,8 +160,8 @@ def test_dreambench_plus_asks_for_concept_preservation_and_prompt_following(tmp_
 
 def test_reconstruction_and_cmmd_print_their_numbers(tmp_path, networks, small, capsys):
     for i, colour in enumerate(["red", "green", "blue"]):
-        picture(tmp_path / "a" / f"{i}.png", colour)
-        picture(tmp_path / "b" / f"{i}.png", "grey" if i else "red")
+        write_image(tmp_path / "a" / f"{i}.png", colour)
+        write_image(tmp_path / "b" / f"{i}.png", "grey" if i else "red")
     evaluation.main(["reconstruct", "--weights", small, "--data", str(tmp_path / "a"), "--out", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out" / "reconstruct.json").read_text())
     assert len(record["pictures"]) == 3 and 0 < record["l2_ceiling"] < 2 and 0 < record["l2"] < 2
@@ -177,7 +175,7 @@ def test_reconstruction_and_cmmd_print_their_numbers(tmp_path, networks, small, 
 
 def test_bad_folders_are_one_clear_sentence(tmp_path, networks, small):
     (tmp_path / "empty").mkdir()
-    for flags, said in (
+    for flags, message in (
             (["dreambench", "--data", str(tmp_path)], "prompts_and_classes.txt: not readable"),
             (["dreambench++", "--data", str(tmp_path)], "holds no subjects with pictures"),
             (["reconstruct", "--data", str(tmp_path / "empty")], "no folder with pictures"),
@@ -185,75 +183,52 @@ def test_bad_folders_are_one_clear_sentence(tmp_path, networks, small):
             (["cmmd", str(tmp_path), str(tmp_path), "--clip", networks[3]], "holds no CLIP"),
             (["cmmd", str(tmp_path), str(tmp_path), *networks[:2]], "no folder with pictures; name two")):
         flags += ["--weights", small, "--out", str(tmp_path / "out")] if flags[0] != "cmmd" else []
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             evaluation.main([*flags, *(networks if flags[0].startswith("dream") else []), "--device", "cpu"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The emoji world
+def test_a_bad_judge_url_and_a_bad_out_are_reported_before_any_work(tmp_path, networks, monkeypatch):
+    def no_work(*args, **kwargs):
+        raise AssertionError("the model was loaded before the flags were checked")
 
-def test_the_bundled_model_copies_subjects_it_has_never_seen_and_does_so_from_the_reference():
-    mentor = Mentor.from_pretrained("tiny")
-    args = SimpleNamespace(seed=5, samples=16, batch=16, show=0)
-    with torch.no_grad():
-        segmented = evaluation.score_task(mentor, None, "segment", args)[0]
-        copied = evaluation.score_task(mentor, None, "reconstruct", args)[0]
-        mentor.prefix = lambda ids, mask, refs, plain=mentor.prefix: plain(ids, mask, refs.roll(1, 0))
-        astray = evaluation.score_task(mentor, None, "segment", args)[0]
-    assert segmented["iou"].mean() > 0.8 and astray["iou"].mean() < 0.4
-    assert copied["psnr"].mean() > 22.5
-
-
-def test_the_bundled_model_draws_the_background_that_the_prompt_names():
-    mentor, names = Mentor.from_pretrained("tiny"), list(scenes.PLAIN)
-    reference = Image.open(ROOT / "assets" / "penguin.png").convert("RGB")                 # on yellow
-    prompts = [f"The penguin in <image>.\na penguin {scenes.SCENES[name][0][0]}" for name in names]
-    with torch.no_grad():
-        drawn = evaluation.draw(mentor, prompts, [[reference]] * len(names), range(len(names)))
-    corners = ((drawn[:, :, :8, :8] + 1) / 2).mean((2, 3))                                 # (10, 3)
-    true = torch.tensor([colorsys.hsv_to_rgb(*colour) for colour in scenes.PLAIN.values()])
-    assert (torch.cdist(corners, true).argmin(dim=1) == torch.arange(len(names))).sum() >= 8
+    monkeypatch.setattr(weights, "load", no_work)
+    folder = dreambench_folder(tmp_path / "bench")
+    with pytest.raises(InputError, match="--judge-url 'ftp://host/v1': not an address"):
+        evaluation.main(["dreambench++", "--data", folder, "--judge-url", "ftp://host/v1", "--judge-model", "eyes"])
+    (tmp_path / "file").write_text("")
+    for command in (["dreambench", *networks], ["reconstruct"]):
+        with pytest.raises(InputError, match="cannot be written"):
+            evaluation.main([*command, "--data", folder, "--out", str(tmp_path / "file"), "--device", "cpu"])
+    for flag, value in (("--samples", "0"), ("--batch", "-1"), ("--seed", "x")):
+        with pytest.raises(InputError, match=f"{flag}: must be"):
+            evaluation.main(["dreambench", "--data", folder, flag, value])
 
 
-@pytest.mark.gradients
-def test_a_trained_judge_and_a_small_model_give_a_record_and_a_sheet(tmp_path, small, capsys):
-    path = tmp_path / "judge.safetensors"
-    with pytest.raises(InputError, match="no judge yet"):
-        evaluation.main(["world", "--weights", "random", "--judge", str(path)])
-    evaluation.main(["judge", "--steps", "3", "--batch", "8", "--out", str(path)])
-    with pytest.raises(InputError, match="not the emoji world's 64"):
-        evaluation.main(["world", "--weights", "random", "--judge", str(path)])
-    command = ["world", "--weights", small, "--judge", str(path), "--samples", "6", "--batch", "4", "--show", "4"]
-    records = []
-    for name in ("a", "b"):
-        evaluation.main([*command, "--out", str(tmp_path / name)])
-        assert (tmp_path / name / "world.png").exists()
-        records.append(json.loads((tmp_path / name / "world.json").read_text()))
-    assert records[0] == records[1]                            # a function of weights and seed
-    assert set(records[0]["subject"]) >= {"scene", "subject", "hue", "scene_ceiling", "cp", "pf", "cp*pf", "cp/pf"}
-    assert "iou" in records[0]["segment"] and set(records[0]["reconstruct"]) >= {"psnr_ceiling", "l2"}
-    assert "judge on true pictures" in capsys.readouterr().out
-    evaluation.main(["grid", "--weights", small, "--rows", "2", "--scenes", "snow", "red", "--out",
-                     str(tmp_path / "grid.webp")])
-    assert Image.open(tmp_path / "grid.webp").size == (3 * 132 - 4, 2 * 132 - 4)
-
-
-@pytest.mark.full
-@pytest.mark.gradients
-def test_the_ablation_trains_every_variant_shares_stage_1_and_can_be_started_again(tmp_path, small, capfd):
-    path = tmp_path / "judge.safetensors"
-    evaluation.main(["judge", "--steps", "1", "--batch", "4", "--out", str(path)])
-    flags = ["ablation", "--init", small, "--judge", str(path), "--steps", "3", "--seeds", "1", "--samples", "2",
-             "--show", "2", "--out", str(tmp_path / "out")]
+def test_missing_subjects_and_damaged_results_are_said(tmp_path, networks, small, capsys):
+    folder, out = dreambench_folder(tmp_path / "bench"), tmp_path / "out"
+    shutil.rmtree(tmp_path / "bench" / "ball")
+    flags = ["dreambench", "--weights", small, "--data", folder, *networks, "--samples", "1", "--device", "cpu"]
+    flags += ["--out", str(out)]
     evaluation.main(flags)
-    folders = {entry.name for entry in os.scandir(tmp_path / "out") if entry.is_dir()}
-    assert folders == {"seed0_1", "seed0_1_2", "seed0_none_2", "seed0_1-segment", "seed0_1-segment_2",
-                       "seed0_1_2-recover", "seed0_1_2-segment", "seed0_1_2-t2i"}
-    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert [row["variant"] for row in record["rows"]] == list(evaluation.VARIANTS)
-    steps = {name: len((tmp_path / "out" / name / "log.jsonl").read_text().splitlines()) for name in folders}
-    assert steps["seed0_1"] == 1 and steps["seed0_1_2"] == 2 and steps["seed0_none_2"] == 3
-    capfd.readouterr()
-    evaluation.main(flags)
-    printed = capfd.readouterr().out
-    assert "steps ->" not in printed and "0.555, 0.839, 0.466" in printed
+    assert "holds no pictures of 1 of DreamBench's subjects (ball)" in capsys.readouterr().out
+    assert not list(out.glob(".*"))                            # nothing temporary stays
+    whole = (out / "results.jsonl").read_text()
+    for number, damage in ((1, "[]\n"), (1, "5\n"), (3, "{}\n"), (3, "no JSON\n"), (3, "[" * 100_000 + "\n")):
+        (out / "results.jsonl").write_text(whole + damage if number == 3 else damage)
+        with pytest.raises(InputError, match=f"results.jsonl: line {number} is not one that eval.py wrote"):
+            evaluation.main(flags)
+
+
+def test_two_processes_reconstruct_what_one_does(tmp_path, small):
+    for i, colour in enumerate(["red", "green", "blue"]):
+        write_image(tmp_path / "images" / f"{i}.png", colour)
+    flags = ["reconstruct", "--weights", small, "--data", str(tmp_path / "images"), "--batch", "2", "--device", "cpu"]
+    evaluation.main([*flags, "--out", str(tmp_path / "one")])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                    "--rdzv_endpoint=localhost:0", "eval.py", *flags, "--out", str(tmp_path / "two")], cwd=ROOT,
+                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (json.loads((tmp_path / name / "reconstruct.json").read_text()) for name in ("one", "two"))
+    assert [row["picture"] for row in two["pictures"]] == [row["picture"] for row in one["pictures"]]
+    for row, again in zip(one["pictures"], two["pictures"]):
+        assert again["l2"] == pytest.approx(row["l2"], abs=1e-4)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"reconstruct.json"}

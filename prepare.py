@@ -1,0 +1,213 @@
+"""Commands on training data: make it from your own images, look at it, encode its targets once for many runs.
+
+    python prepare.py folder my_pictures                                       # writes my_pictures/data.jsonl
+    python prepare.py look my_pictures/data.jsonl                              # writes out/look.png, counts, problems
+    python prepare.py encode my_pictures/data.jsonl --weights W --out codes    # saves train.py the VQGAN's encoder
+
+The layout of the JSON lines and the tasks stand in `data.py`, which also reads the codes again (`train.py --codes`).
+"""
+import argparse
+import json
+import os
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import cli
+import data
+import weights
+from cli import InputError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+NEIGHBOURS = 4      # an image is paired with so many of the same subject: all pairs would outnumber the other tasks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folder
+
+def caption_of(folder, stem, names):
+    """What STEM.txt or STEM.caption says, "" if there is neither."""
+    for name in (f"{stem}.txt", f"{stem}.caption"):
+        if name in names:
+            path = os.path.join(folder, name)
+            try:
+                with open(path, encoding="utf-8") as file:
+                    return file.read().strip()
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path}: not readable as UTF-8 text ({error}); save it again") from None
+    return ""
+
+
+def pairs(subject, images):
+    """Subject-driven rows: each image with a few of those after it. images: rows of one subject."""
+    for i, target in enumerate(images):
+        for reference in images[i + 1:i + 1 + NEIGHBOURS]:
+            yield target | {"objects": subject, "image_path": reference["source_image"],
+                            "swapped_text": reference["input_text"]}
+
+
+def folder(args):
+    """Makes a JSONL of a folder in which dog-00.jpg shows a dog, dog-00.txt is its caption and dog-00.mask.png its
+    mask; text and mask may be absent, and images of one name are pairs. Writes --out, default data.jsonl in it."""
+    names = sorted(os.listdir(args.pictures)) if os.path.isdir(args.pictures) else []
+    images = [name for name in names if name.lower().endswith(IMAGES) and not name.lower().endswith(".mask.png")]
+    if not images:
+        raise InputError(f"{args.pictures}: no folder with pictures; put some there as dog-00.jpg, dog-01.jpg, ...")
+    out = args.out or os.path.join(args.pictures, "data.jsonl")
+    place = os.path.relpath(args.pictures, os.path.dirname(os.path.abspath(out)))      # paths are relative to the JSONL
+    rows, subjects = [], {}
+    for name in images:
+        stem = os.path.splitext(name)[0]
+        subject = cli.subject_of(os.path.join(args.pictures, name))
+        row = {"input_text": caption_of(args.pictures, stem, names),
+               "source_image": os.path.normpath(os.path.join(place, name))}
+        rows.append(row)
+        if row["input_text"]:
+            rows.append(row | {"generation_only": True})
+        if f"{stem}.mask.png" in names:
+            mask = os.path.normpath(os.path.join(place, f"{stem}.mask.png"))
+            masked = row | {"image_path": mask, "objects": subject}
+            rows += [masked | {"do_mask": True}, masked | {"do_replace": True}]
+        subjects.setdefault(subject, []).append(row)
+    for subject, shown in subjects.items():
+        rows += pairs(subject, shown)
+    with cli.atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"wrote {out}: {len(rows):,} rows of {len(images):,} pictures, {len(subjects):,} subject(s): "
+          f"{', '.join(list(subjects)[:8])}{', ...' if len(subjects) > 8 else ''}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# look and encode
+
+class EveryEntry(Dataset):
+    """Each entry of a TaskData once, in order; a damaged one gives its problems alone."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.entries = [(task, row, order) for task in dataset.tasks for row, order in dataset.entries[task].tolist()]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        task, number, order = self.entries[i]
+        row, problems = self.dataset.rows[number], []
+        try:
+            return self.dataset.sample(task, row, order, np.random.default_rng(number), problems)
+        except InputError as error:
+            return {"problems": problems + [f"{row.name}: {error}"]}
+
+
+def usable_samples(dataset, workers):
+    """Tries every entry under a progress bar and yields the samples; at the end prints counts and problems."""
+    counts = dict.fromkeys(dataset.tasks, 0)
+    problems = dict.fromkeys(dataset.problems)                 # a dict, so that each is named once and in order
+    for sample in tqdm(DataLoader(EveryEntry(dataset), batch_size=None, num_workers=workers)):
+        problems |= dict.fromkeys(sample["problems"])
+        if "task" in sample:
+            counts[sample["task"]] += 1
+            yield sample
+    for task, count in counts.items():
+        print(f"{task:12}{count:8,} of {len(dataset.entries[task]):,} samples usable")
+    print(f"{len(problems):,} problem(s)", *problems, sep="\n  ")
+
+
+def look(args):
+    """Tries every row, shows on a contact sheet what the network will see, counts tasks and names problems."""
+    cli.probe(args.out)
+    if args.tokenizer:
+        processor = data.Processor(weights.load_tokenizer(args.tokenizer), max_tokens=args.max_tokens)
+    else:                                                      # no prompt is too long for this one
+        processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16)
+    dataset = data.TaskData(args.data, processor, 256, backgrounds=args.backgrounds)
+    shown = {task: [] for task in dataset.tasks}
+    for sample in usable_samples(dataset, args.workers):
+        if len(shown[sample["task"]]) < args.n:
+            shown[sample["task"]].append(sample)
+    places = max((len(sample["refs"]) + 1 for samples in shown.values() for sample in samples), default=1)
+    tiles = []
+    for samples in shown.values():                             # a line of the sheet for each task
+        line = [data.tile(sample, places) for sample in samples]
+        if line:
+            tiles += line + [Image.new("RGB", line[0].size, "white")] * (args.n - len(line))
+    if not tiles:
+        raise InputError("there is no usable sample to show; fix the problems above")
+    with cli.atomic_file(args.out) as temporary:
+        cli.contact_sheet(tiles, columns=args.n).save(temporary, "PNG")
+    print(f"wrote {args.out}")
+
+
+@torch.inference_mode()
+def encode(args):
+    """Turns every target into VQ tokens once: codes.safetensors with keys (N,) int64 and tokens (N, T) int32."""
+    path = os.path.join(args.out, "codes.safetensors")
+    cli.probe(path)
+    mentor = weights.load(args.weights)
+    device = cli.pick_device(None, ("cuda", "cpu"))
+    vqgan, size = mentor.vqgan.to(device), mentor.check_size(args.size or mentor.config.image_size)
+    # the codes are of the targets alone, so prompts and references are made as small as they can be
+    processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16, image_size=32)
+    dataset = data.TaskData(args.data, processor, size, backgrounds=args.backgrounds)
+    samples, keys, tokens = usable_samples(dataset, args.workers), [], []
+    while group := list(islice(samples, args.batch)):
+        keys += [sample["key"] for sample in group]
+        pixels = torch.stack([sample["target"] for sample in group])                      # (B, 3, size, size)
+        tokens.append(vqgan.encode(pixels.to(device)).cpu().int())                        # (B, T)
+    if not tokens:
+        raise InputError("there is no usable sample to encode; fix the problems above")
+    keys, first = np.unique(keys, return_index=True)           # ascending; of equal lines one is enough
+    with cli.atomic_file(path) as temporary:
+        save_file({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, temporary,
+                  metadata={"image_size": str(size), "vqgan": vqgan.fingerprint()})
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def add_data_flags(command):
+    """What `look` and `encode` share."""
+    command.add_argument("data", nargs="+", metavar="DATA.jsonl")
+    command.add_argument("--backgrounds", nargs="+", default=[], metavar="JSONL", help="pictures for recovery")
+    command.add_argument("--workers", type=cli.natural, default=2, help="processes that read pictures (default 2)")
+
+
+def main(argv=None):
+    """Runs one command."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("folder", help=folder.__doc__, description=folder.__doc__)
+    command.set_defaults(run=folder)
+    command.add_argument("pictures", metavar="PICTURES", help="a folder")
+    command.add_argument("--out", metavar="DATA.jsonl", help="default: data.jsonl in the folder")
+
+    command = commands.add_parser("look", help=look.__doc__, description=look.__doc__)
+    command.set_defaults(run=look)
+    add_data_flags(command)
+    command.add_argument("--n", type=cli.positive_int, default=3, help="samples shown of each task (default 3)")
+    command.add_argument("--tokenizer", metavar="tokenizer.json", help="FLAN-T5's, to find prompts too long for it")
+    command.add_argument("--max-tokens", type=cli.positive_int, default=512, help="the prefix length that goes with "
+                         "--tokenizer (default 512; several reference images need 1280)")
+    command.add_argument("--out", default="out/look.png", help="the sheet, a PNG (default out/look.png)")
+
+    command = commands.add_parser("encode", help=encode.__doc__, description=encode.__doc__)
+    command.set_defaults(run=encode)
+    add_data_flags(command)
+    command.add_argument("--weights", required=True, help="whose VQGAN encodes: as for sample.py")
+    command.add_argument("--size", type=cli.positive_int, help="pixels a side (default: the weights' own)")
+    command.add_argument("--batch", type=cli.positive_int, default=8, help="images encoded at once (default 8)")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="for the codes")
+
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,114 @@
+"""The commands that measure small models on the emoji world."""
+import colorsys
+import json
+import os
+import pathlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import weights
+from cli import InputError
+from world import evaluate, rows, scenes
+from world.judge import accuracy_on_true_images
+from world.train import SMALL
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder of a small model with random weights."""
+    folder = tmp_path_factory.mktemp("small") / "tiny"
+    weights.save(weights.random_model(SMALL, rows.small_tokenizer()), str(folder))
+    return str(folder)
+
+
+def test_the_bundled_model_copies_subjects_it_has_never_seen_and_does_so_from_the_reference():
+    mentor = weights.load("tiny")
+    args = SimpleNamespace(seed=5, samples=16, batch=16, show=0)
+    segmented = evaluate.score_task(mentor, None, "segment", args)[0]
+    copied = evaluate.score_task(mentor, None, "reconstruct", args)[0]
+    sample = mentor.sample
+    mentor.sample = lambda batch, seeds: sample(batch | {"refs": batch["refs"].roll(1, 0)}, seeds)
+    wrong = evaluate.score_task(mentor, None, "segment", args)[0]
+    assert segmented["iou"].mean() > 0.8 and wrong["iou"].mean() < 0.4
+    assert copied["psnr"].mean() > 22.5
+
+
+def test_the_bundled_model_draws_the_background_that_the_prompt_names():
+    mentor, names = weights.load("tiny"), list(scenes.PLAIN)
+    reference = Image.open(ROOT / "assets" / "penguin.png").convert("RGB")                 # on yellow
+    prompts = [data.prompt_for("subject", ["penguin"], f"a penguin {scenes.SCENES[name].phrases[0]}") for name in names]
+    batch = data.collate([mentor.processor(prompt, [reference]) for prompt in prompts])
+    images = mentor.sample(batch, range(len(names)))
+    corners = ((images[:, :, :8, :8] + 1) / 2).mean((2, 3))                                # (10, 3)
+    true = torch.tensor([colorsys.hsv_to_rgb(*colour) for colour in scenes.PLAIN.values()])
+    assert (torch.cdist(corners, true).argmin(dim=1) == torch.arange(len(names))).sum() >= 8
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A file of a judge after a few steps."""
+    path = str(tmp_path_factory.mktemp("judge") / "judge.safetensors")
+    with torch.enable_grad():
+        evaluate.main(["judge", "--steps", "3", "--batch", "8", "--out", path])
+    return path
+
+
+def test_scoring_a_small_model_gives_a_record_and_a_sheet(tmp_path, small, judge, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "accuracy_on_true_images", lambda judge: accuracy_on_true_images(judge, n=100))
+    command = ["world", "--weights", small, "--judge", judge, "--samples", "6", "--batch", "4", "--show", "4"]
+    records = []
+    for name in ("a", "b"):
+        evaluate.main([*command, "--out", str(tmp_path / name)])
+        assert (tmp_path / name / "world.png").exists()
+        records.append(json.loads((tmp_path / name / "world.json").read_text()))
+    assert records[0] == records[1]                            # a function of weights and seed
+    assert set(records[0]["subject"]) >= {"scene", "subject", "hue", "scene_ceiling", "cp", "pf", "cp*pf", "cp/pf"}
+    assert "iou" in records[0]["segment"] and set(records[0]["reconstruct"]) >= {"psnr_ceiling", "l2"}
+    assert "judge on true pictures" in capsys.readouterr().out
+
+
+def test_the_grid_is_a_sheet_of_subjects_and_scenes(tmp_path, small):
+    evaluate.main(["grid", "--weights", small, "--rows", "2", "--scenes", "snow", "red", "--out",
+                   str(tmp_path / "grid.webp")])
+    assert Image.open(tmp_path / "grid.webp").size == (3 * 132 - 4, 2 * 132 - 4)
+
+
+def test_bad_input_is_one_clear_sentence(tmp_path, small, judge):
+    (tmp_path / "budget.json").write_text("{")
+    for command, message in (
+            (["world", "--judge", str(tmp_path / "absent.safetensors")], "no judge yet"),
+            (["world", "--weights", "random", "--judge", judge], "not the emoji world's 64"),
+            (["world", "--samples", "0"], "must be a whole number above 0, not 0"),
+            (["grid", "--out", str(tmp_path / "grid.txt")], "end the name in .png"),
+            (["grid", "--weights", small, "--rows", "90", "--out", str(tmp_path / "grid.png")], "89 held-out subjects"),
+            (["ablation", "--init", small, "--judge", judge, "--steps", "2"], "give 3 or more"),
+            (["ablation", "--init", small, "--judge", judge, "--out", str(tmp_path)], "budget.json: not readable")):
+        with pytest.raises(InputError, match=message):
+            evaluate.main(command)
+
+
+@pytest.mark.full
+@pytest.mark.gradients
+def test_the_ablation_trains_every_variant_shares_stage_1_and_can_be_started_again(tmp_path, small, judge, capfd):
+    flags = ["ablation", "--init", small, "--judge", judge, "--steps", "3", "--seeds", "1", "--samples", "2",
+             "--show", "2", "--out", str(tmp_path / "out")]
+    evaluate.main(flags)
+    folders = {entry.name for entry in os.scandir(tmp_path / "out") if entry.is_dir()}
+    assert folders == {"seed0_1", "seed0_1_2", "seed0_none_2", "seed0_1-segment", "seed0_1-segment_2",
+                       "seed0_1_2-recover", "seed0_1_2-segment", "seed0_1_2-t2i"}
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert [row["variant"] for row in record["rows"]] == list(evaluate.VARIANTS)
+    steps = {name: len((tmp_path / "out" / name / "log.jsonl").read_text().splitlines()) for name in folders}
+    assert steps["seed0_1"] == 1 and steps["seed0_1_2"] == 2 and steps["seed0_none_2"] == 3
+    capfd.readouterr()
+    evaluate.main(flags)
+    printed = capfd.readouterr().out
+    assert "steps ->" not in printed and "0.555, 0.839, 0.466" in printed
+    with pytest.raises(InputError, match="was begun with"):
+        evaluate.main([*flags, "--global-batch", "8"])

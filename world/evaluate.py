@@ -1,0 +1,351 @@
+"""Measures small models on the emoji world's held-out subjects, which none of them has seen in training.
+
+    python -m world.evaluate judge         # trains the judge of this world, once
+    python -m world.evaluate world         # scores a small model: subject-driven images, segmentation, reconstruction
+    python -m world.evaluate grid          # a sheet of held-out subjects in several scenes
+    python -m world.evaluate ablation      # trains and scores the paper's Table 4 in miniature
+
+A subject-driven image preserves the concept (CP) where the judge names both its subject and its hue, and follows the
+prompt (PF) where the judge names its scene. `*_ceiling` is the same score of the tokenizer's copy of the target, which
+no sampled image can be expected to exceed. The judge itself is in `judge.py`; `eval.py` has the public benchmarks. The
+last file of this folder.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import cli
+import data
+import weights
+from cli import InputError
+from scorers import color_distance
+from world import rows, scenes, sprites
+from world.judge import accuracy, accuracy_on_true_images, iou, load_judge, psnr, train_judge
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SEED = 73                                  # of the samples that are scored; no training and no tuning uses it
+TASKS = ("subject", "segment", "reconstruct")
+
+
+def format_scores(scores):
+    """Scores in one line: shares with three decimals, decibels with one."""
+    parts = []
+    for name, value in scores.items():
+        decimals = 1 if value >= 10 else 3
+        parts.append(f"{name} {value:.{decimals}f}")
+    return ", ".join(parts)
+
+
+def save_image(image, path):
+    """Writes an image in the format its extension names; the file appears whole or not at all."""
+    with cli.atomic_file(path) as temporary:
+        image.save(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring a model
+
+def run_judge(args):
+    """Trains the judge on true images and tests it on new ones of the held-out subjects."""
+    cli.probe(args.out)
+    scores = train_judge(args.out, args.steps, args.batch)
+    print(f"wrote {args.out}; on true pictures of held-out subjects: {format_scores(scores)}")
+
+
+def load_small(name):
+    """A model that samples images of the emoji world's size."""
+    mentor = weights.load(name)
+    if mentor.config.image_size != scenes.SIZE:
+        raise InputError(f"{name}: makes images of {mentor.config.image_size} pixels a side, not the emoji world's "
+                         f"{scenes.SIZE}; give a model trained by `python -m world.train`")
+    return mentor
+
+
+def batch_scores(judge, task, images, targets, metas):
+    """The scores of a task. images, targets: (B, 3, 64, 64) in [-1, 1] -> {score: (B,)}"""
+    if task == "subject":
+        scores = accuracy(judge, images, metas)
+        return scores | {"cp": scores["subject"] * scores["hue"], "pf": scores["scene"]}
+    if task == "segment":
+        return {"iou": iou(images, metas)}
+    return {"psnr": psnr(images, targets), "l2": color_distance(images, targets)}
+
+
+@torch.inference_mode()
+def score_task(mentor, judge, task, args):
+    """-> {score: (args.samples,)}, and the first args.show samples, each with the image made for it"""
+    dataset = rows.EmojiData(mentor.processor, mentor.config.image_size, {task: 1}, args.seed, held_out=True,
+                             extras=False)
+    parts, shown = [], []
+    for start in tqdm(range(0, args.samples, args.batch), desc=task, leave=False):
+        stop = min(start + args.batch, args.samples)
+        samples = [dataset[i] for i in range(start, stop)]
+        batch = data.collate(samples)
+        images = mentor.sample(batch, range(args.seed + start, args.seed + stop))         # (B, 3, 64, 64)
+        copies = mentor.vqgan.decode(mentor.vqgan.encode(batch["target"]))                # (B, 3, 64, 64)
+        scores = batch_scores(judge, task, images, batch["target"], batch["meta"])
+        ceiling = batch_scores(judge, task, copies, batch["target"], batch["meta"])
+        parts.append(scores | {f"{name}_ceiling": value for name, value in ceiling.items()})
+        shown += zip(samples, images)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shown[:args.show]
+
+
+def score_world(mentor, judge, args):
+    """-> {task: {score: mean}} on held-out subjects, and a contact sheet of the first samples of each task"""
+    results, tiles = {}, []
+    for task in TASKS:
+        scores, shown = score_task(mentor, judge, task, args)
+        results[task] = {name: values.mean().item() for name, values in scores.items()}
+        tiles += [data.tile(sample, 3, image) for sample, image in shown]
+    cp, pf = results["subject"]["cp"], results["subject"]["pf"]
+    results["subject"] |= {"cp*pf": cp * pf, "cp/pf": cp / max(pf, 1e-9)}
+    return results, cli.contact_sheet(tiles, columns=4)
+
+
+def run_world(args):
+    """Scores a small model: subject-driven images, segmentation and reconstruction of held-out subjects."""
+    judge, mentor = load_judge(args.judge), load_small(args.weights)
+    cli.probe(os.path.join(args.out, "world.json"))
+    results, sheet = score_world(mentor, judge, args)
+    record = {
+        "weights": str(args.weights),
+        "seed": args.seed,
+        "samples": args.samples,
+        "sampling": asdict(mentor.config.sampling),
+        "judge_on_true_pictures": accuracy_on_true_images(judge),
+        **results,
+    }
+    print(f"the judge on true pictures: {format_scores(record['judge_on_true_pictures'])}")
+    for task, scores in results.items():
+        print(f"{task}: {format_scores(scores)}")
+    save_image(sheet, os.path.join(args.out, "world.png"))
+    cli.write_json(os.path.join(args.out, "world.json"), record)
+    print(f"wrote {args.out}/world.json and world.png")
+
+
+def run_grid(args):
+    """Samples held-out subjects in several scenes: a row for each subject, its reference first, a column a scene."""
+    if not args.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        raise InputError(f"--out {args.out}: end the name in .png, .jpg or .webp")
+    cli.probe(args.out)
+    mentor = load_small(args.weights)
+    rng, world = np.random.default_rng(args.seed), rows.World(held_out=True)
+    if args.rows > len(world.subjects):
+        raise InputError(f"--rows is {args.rows} but there are {len(world.subjects)} held-out subjects; give fewer")
+    tiles = []
+    for row, subject in enumerate(rng.choice(world.subjects, args.rows, replace=False).tolist()):
+        description = rows.Description((subject,), str(rng.choice(list(scenes.PLAIN))))
+        background = scenes.paint(rng, description.scene)
+        reference, _ = sprites.paste(background, world.place(rng, description, [background])[0])
+        label = description.labels[0]
+        texts = [f"{rows.with_article(label)} {scenes.SCENES[name].phrases[0]}" for name in args.scenes]
+        prompts = [data.prompt_for("subject", [label], text) for text in texts]
+        batch = data.collate([mentor.processor(prompt, [reference]) for prompt in prompts])
+        first_seed = args.seed + row * len(prompts)
+        images = mentor.sample(batch, range(first_seed, first_seed + len(prompts)))       # (B, 3, 64, 64)
+        for image in [reference] + [data.to_image(pixels) for pixels in images]:
+            tiles.append(image.resize((128, 128), Image.BICUBIC))
+    save_image(cli.contact_sheet(tiles, columns=1 + len(args.scenes)), args.out)
+    print(f"wrote {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ablation
+
+class Variant(NamedTuple):
+    """A way to train the small model, after a row of the paper's Table 4."""
+    without_1: tuple | None        # tasks left out of stage 1; None = there is no stage 1
+    without_2: tuple               # tasks left out of stage 2
+    paper: tuple | None            # the paper's CP, PF and CP * PF; None where it has no such row
+
+
+VARIANTS = {
+    "full": Variant((), (), (.555, .839, .466)),
+    "without stage 1": Variant(None, (), (.179, .673, .120)),
+    "without segmentation in stage 1": Variant(("segment",), (), None),
+    "without recovery": Variant((), ("recover",), (.661, .284, .188)),
+    "without segmentation in stage 2": Variant((), ("segment",), (.412, .918, .378)),
+    "without text to image": Variant((), ("t2i",), None),
+}
+COLUMNS = {
+    "CP": ("subject", "cp"),
+    "PF": ("subject", "pf"),
+    "CP*PF": ("subject", "cp*pf"),
+    "CP/PF": ("subject", "cp/pf"),
+    "hue": ("subject", "hue"),
+    "IoU": ("segment", "iou"),
+    "L2": ("reconstruct", "l2"),
+}
+
+
+def stages_of(variant, steps):
+    """-> [(stage, tasks left out, steps)]. Every variant has the same budget, a third of it for stage 1 if it has one.
+    """
+    if variant.without_1 is None:
+        return [("2", variant.without_2, steps)]
+    return [("1", variant.without_1, steps // 3), ("2", variant.without_2, steps - steps // 3)]
+
+
+def start_training(args, stage, without, steps, seed, init, out):
+    """Starts `world.train` for one stage in a process of its own. -> subprocess.Popen"""
+    init = os.path.abspath(init) if os.path.exists(init) else init          # else a name such as "tiny"
+    command = [sys.executable, "-m", "world.train", "--stage", stage, "--init", init, "--out", os.path.abspath(out),
+               "--steps", str(steps), "--global-batch", str(args.global_batch), "--seed", str(seed),
+               "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0"]
+    for task in without:
+        command += ["--without", task]
+    if weights.checkpoints(out):
+        command.append("--resume")
+    environment = dict(os.environ)
+    if args.seeds > 1:                         # the seeds train side by side, so they share the cores
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.seeds))
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def train_variant(args, name):
+    """Trains a variant with all seeds side by side, as far as that is not done yet. -> {seed: folder of weights}"""
+    variant = VARIANTS[name]
+    names = {seed: f"seed{seed}" for seed in range(args.seeds)}
+    if variant.without_1 is None:
+        names = {seed: f"seed{seed}_none" for seed in names}
+    weights_of = dict.fromkeys(names, args.init)
+    for stage, without, steps in stages_of(variant, args.steps):
+        running = {}
+        for seed, init in weights_of.items():
+            names[seed] += "_" + "-".join([stage, *without])   # variants with the same stage 1 share its folder
+            weights_of[seed] = out = os.path.join(args.out, names[seed])
+            if os.path.join(out, f"step-{steps:08}") not in weights.checkpoints(out):
+                print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}", flush=True)
+                running[out] = start_training(args, stage, without, steps, seed, init, out)
+        failed = [out for out, process in running.items() if process.wait() != 0]
+        if failed:
+            raise InputError(f"{failed[0]}: the training stopped; give the same command again to continue it")
+    return weights_of
+
+
+def read_json(path):
+    """A JSON file that this script wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); remove it and give the same command again") from None
+
+
+def score_variant(folder, judge, args):
+    """Scores the weights in a folder, unless their scores are there already. -> {task: {score: mean}}"""
+    path = os.path.join(folder, f"world-{args.samples}-{args.seed}.json")
+    if not os.path.exists(path):
+        results, sheet = score_world(weights.load(folder), judge, args)
+        save_image(sheet, os.path.join(folder, "world.png"))
+        cli.write_json(path, results)
+    return read_json(path)
+
+
+def print_ablation(scored):
+    """The table: of every variant the mean over the seeds and half their range, and the paper's numbers."""
+    header = "".join(f"{column:>13}" for column in COLUMNS)
+    print(f"{'mean, half the range over seeds':32}{header}   paper: CP, PF, CP*PF")
+    for name, variant in VARIANTS.items():
+        cells = ""
+        for task, score in COLUMNS.values():
+            values = [row[task][score] for row in scored if row["variant"] == name]
+            cells += f"{np.mean(values):7.3f} {np.ptp(values) / 2:.3f}"
+        paper = ", ".join(f"{value:.3f}" for value in variant.paper or ()) or "-"
+        print(f"{name:32}{cells}   {paper}")
+
+
+def run_ablation(args):
+    """Trains the small model's variants of the paper's Table 4 with equal budgets and prints the table beside it."""
+    judge = load_judge(args.judge)
+    load_small(args.init)                      # so that an error in it is reported before anything is trained
+    if args.steps < 3:
+        raise InputError(f"--steps is {args.steps} but two stages share them, a third for the first; give 3 or more")
+    budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch}
+    path = os.path.join(args.out, "budget.json")
+    if not os.path.exists(path):
+        cli.write_json(path, budget)
+    earlier = read_json(path)
+    if earlier != budget:
+        raise InputError(f"{path}: was begun with {earlier}, not {budget}; give the same or another --out")
+    scored = []
+    for name, variant in VARIANTS.items():
+        for seed, folder in train_variant(args, name).items():
+            scores = score_variant(folder, judge, args)
+            scored.append({"variant": name, "seed": seed, "paper": variant.paper, **scores})
+    print(f"judge on true pictures: {format_scores(accuracy_on_true_images(judge))}")
+    print_ablation(scored)
+    path = os.path.join(args.out, "ablation.json")
+    cli.write_json(path, {**budget, "samples": args.samples, "seed": args.seed, "rows": scored})
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def add_command(commands, name, function):
+    """A subcommand that runs `function`. -> what adds a flag to it"""
+    parser = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+    parser.set_defaults(run=function)
+    return parser.add_argument
+
+
+def parse(argv):
+    """The command line -> arguments, `run` among them."""
+    parser = cli.Parser(prog="python -m world.evaluate", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    flag = add_command(commands, "judge", run_judge)
+    flag("--steps", type=cli.positive_int, default=3000, help="optimizer steps (default 3000)")
+    flag("--batch", type=cli.positive_int, default=64, help="images a step (default 64)")
+    flag("--out", default="out/judge.safetensors", help="the judge's weights (default out/judge.safetensors)")
+
+    flag = add_command(commands, "world", run_world)
+    flag("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
+    flag("--judge", default="out/judge.safetensors", help="written by `judge` (default out/judge.safetensors)")
+    flag("--samples", type=cli.positive_int, default=300, help="images a task (default 300)")
+    flag("--show", type=cli.positive_int, default=16, help="images a task on the sheet (default 16)")
+    flag("--batch", type=cli.positive_int, default=50, help="images sampled at once (default 50)")
+    flag("--seed", type=cli.natural, default=SEED, help=f"of the samples (default {SEED})")
+    flag("--out", default="out/eval/world", help="folder for world.json and world.png (default out/eval/world)")
+
+    flag = add_command(commands, "grid", run_grid)
+    flag("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
+    flag("--rows", type=cli.positive_int, default=8, help="subjects (default 8)")
+    flag("--scenes", nargs="+", choices=scenes.SCENES, metavar="SCENE", help="columns (default: eight of them)",
+         default=["snow", "beach", "under water", "city at night", "space", "kitchen", "volcano", "yellow"])
+    flag("--seed", type=cli.natural, default=SEED, help=f"of subjects and samples (default {SEED})")
+    flag("--out", default="out/eval/grid.png", help="the sheet (default out/eval/grid.png)")
+
+    flag = add_command(commands, "ablation", run_ablation)
+    flag("--init", default="out/tiny/pretrain", help="weights all variants start from (default out/tiny/pretrain)")
+    flag("--steps", type=cli.positive_int, default=800, help="optimizer steps of both stages together (default 800)")
+    flag("--global-batch", type=cli.positive_int, default=16, help="samples a step (default 16)")
+    flag("--seeds", type=cli.positive_int, default=2, help="trainings of each variant (default 2)")
+    flag("--judge", default="out/judge.safetensors", help="written by `judge` (default out/judge.safetensors)")
+    flag("--samples", type=cli.positive_int, default=300, help="images a task (default 300)")
+    flag("--show", type=cli.positive_int, default=16, help="images a task on the sheets (default 16)")
+    flag("--batch", type=cli.positive_int, default=50, help="images sampled at once (default 50)")
+    flag("--seed", type=cli.natural, default=SEED, help=f"of the samples that are scored (default {SEED})")
+    flag("--out", default="out/eval/ablation", help="folder for trainings and results (default out/eval/ablation)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Runs one command."""
+    args = parse(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,485 @@
+"""A small world to train and to measure a small model in: emoji before painted scenes, as many samples as one asks for.
+
+Some 900 emoji (`sprites.py`) stand before 30 scenes (`scenes.py`), 64 x 64 pixels, for all six of MENTOR's tasks. Every
+instance of an emoji has its own hue, saturation and orientation. No prompt ever mentions these, so a model can show
+this very instance only if it reads the reference. A tenth of the emoji is held out of training.
+
+    python -m world.rows look                        # a contact sheet of scenes and tasks: out/world.png
+    python -m world.rows export out/world --n 200    # a data set on a disk: data.jsonl, val.jsonl, backgrounds.jsonl
+    python -m world.rows export assets/example --n 36    # the one that comes with this repository
+    python -m world.rows subject "dog face" out/dog  # images of one instance, with captions and masks
+    python -m world.rows atlas                       # draws assets/emoji.webp again
+
+`EmojiData` stands in for `data.TaskData`; sample k is a function of (seed, k) alone. Next: `scenes.py`.
+"""
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+from tokenizers import pre_tokenizers, trainers
+from torch.utils.data import Dataset
+
+import cli
+import data
+from cli import InputError
+from weights import byte_tokenizer
+from world import scenes
+from world.scenes import PLAIN, SCENES, SIZE, STYLES
+from world.sprites import (ALONE, CROWDED, Appearance, PlacedSprite, contrast, draw_atlas, hat_on, inside, paste,
+                           subjects)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a picture shows, in words
+
+TEMPLATES = ("{it} {where}", "{where}, {it}", "a picture of {it} {where}", "{it}, {where}", "you see {it} {where}")
+SCENE_WORDS = sorted({word for entry in SCENES.values() for phrase in entry.phrases for word in phrase.split()
+                      if len(word) > 2 and word not in ("the", "and")})
+HATS = ("top hat", "crown", "billed cap", "helmet", "woman's hat", "military helmet")
+
+
+def pick(rng, options):
+    """One of a sequence; faster than rng.choice."""
+    return options[int(rng.integers(len(options)))]
+
+
+def with_article(label):
+    """A dog face, an owl, jeans."""
+    noun = re.split(" with | of | in ", label)[0]
+    if re.search("[^aiosu]s$", noun):                                # plural; not an octopus or the like
+        return label
+    if re.match("(?!one|euro)[aeio]|u[mp]|hour", label):
+        return f"an {label}"
+    return f"a {label}"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a picture is to show. Subjects are known by their position in sprites.subjects()."""
+    subjects: tuple              # those that a reference shows
+    scene: str
+    style: str | None = None
+    hat: int | None = None       # on the subject's head; as `beside` it is named by the caption only
+    beside: int | None = None    # a second emoji next to the subject
+
+    @property
+    def labels(self):
+        """The names of its subjects."""
+        return [subjects()[i].label for i in self.subjects]
+
+    def caption(self, rng):
+        """In words, which never mention the appearance."""
+        it = " and ".join(with_article(label) for label in self.labels)
+        if self.hat is not None:
+            it += " wearing " + with_article(subjects()[self.hat].label)
+        if self.beside is not None:
+            it += " next to " + with_article(subjects()[self.beside].label)
+        if self.style:
+            it = pick(rng, STYLES[self.style].phrases).format(it=it)
+        template = pick(rng, TEMPLATES)
+        return template.format(it=it, where=pick(rng, SCENES[self.scene].phrases))
+
+
+def made_up_name(rng, names):
+    """A word from a scene and one from a known name, in either order: "beach fork", "ringblue"."""
+    scene_word = pick(rng, SCENE_WORDS)
+    name_word = pick(rng, pick(rng, names).split())
+    between = pick(rng, (" ", ""))
+    order = pick(rng, (1, -1))
+    return between.join([scene_word, name_word][::order])
+
+
+def renamed(prompt, label, name):
+    """The prompt with another name for a subject. Whole words only: "mage" leaves <image> alone."""
+    prompt = re.sub(rf"\ban? {re.escape(label)}\b", with_article(name), prompt)
+    return re.sub(rf"\b{re.escape(label)}\b", name, prompt)
+
+
+def captions(n, seed=0):
+    """Yields n prompts of all tasks and of all subjects, the held-out ones too: to train the text tokenizer on."""
+    world = World(held_out=None)
+    for k in range(n):
+        rng = np.random.default_rng((seed, k))
+        task = pick(rng, data.TASKS)
+        description = world.describe(rng, task)
+        yield data.prompt_for(task, description.labels, description.caption(rng))
+
+
+def train_tokenizer(texts, size):
+    """A byte-pair tokenizer of `size` ids, learned from texts."""
+    tokenizer = byte_tokenizer()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=alphabet,
+                                  show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def small_tokenizer():
+    """The tokenizer of a small model that starts from nothing."""
+    return train_tokenizer(captions(20_000, seed=0), 1536)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world
+
+CONTRAST, TRIES = 105, 8     # least distance in RGB of a sprite's rim to what it covers; appearances tried for it
+STYLED, HATTED, BESIDE = 0.15, 0.1, 0.1      # how often, in the tasks that have room for it
+RENAMED = 0.2                                # how often a made-up name stands for the subject that a reference shows
+PLAIN_REFERENCE = 0.5                        # how often a pair's reference shows a plain colour behind its subject
+STAYS, NEAR, FAR = 0.75, (3, 3, 0.15), (14, 12, 0.35)    # how often a pair's subject moves little; pixels, scale
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the world and all about it."""
+    description: Description
+    caption: str
+    image: Image.Image           # RGB, SIZE x SIZE
+    masks: list                  # of each sprite (SIZE, SIZE) bool, the description's subjects first
+    sprites: list                # PlacedSprites in the same order
+    other: "Picture | None" = None           # of a subject pair the reference, in recovery the background
+
+
+class World:
+    """Makes pictures of the subjects of one split. held_out: None = all subjects."""
+
+    def __init__(self, held_out=False):
+        everyone = range(len(subjects()))
+        self.subjects = [i for i in everyone if held_out is None or subjects()[i].held_out == held_out]
+        self.known = [i for i in everyone if not subjects()[i].held_out]      # what a caption alone may name
+        self.hats = [i for i in self.known if subjects()[i].label in HATS]
+
+    def describe(self, rng, task, extras=True):
+        """-> Description of a new picture. extras: a style, a hat or a second emoji may come in"""
+        chosen = [pick(rng, self.subjects)]
+        if task == "multi":
+            chosen.append(pick(rng, [i for i in self.subjects if i != chosen[0]]))
+        description = Description(tuple(chosen), pick(rng, list(SCENES)))
+        chance = rng.random()
+        if not extras or task not in ("t2i", "reconstruct", "subject"):
+            return description
+        if chance < STYLED:
+            return replace(description, style=pick(rng, list(STYLES)))
+        if chance < STYLED + HATTED:
+            return replace(description, hat=pick(rng, self.hats))
+        if chance < STYLED + HATTED + BESIDE:
+            return replace(description, beside=pick(rng, self.known))
+        return description
+
+    def appearance(self, rng, subject):
+        """-> Appearance of a new instance of a subject"""
+        hue, saturation, flip = rng.uniform((0, 0.75, 0), (360, 1.25, 2)).tolist()
+        return Appearance(subject, hue, saturation, flip < 1)
+
+    def standing_out(self, rng, subject, places, backgrounds):
+        """One instance of a subject, placed before each background; its appearance is chosen so that it stands out
+        from all of them. places: (x, y, side, room above) for each background. -> a PlacedSprite for each"""
+        best = -1
+        for _ in range(TRIES):
+            appearance = self.appearance(rng, subject)
+            sprites = [inside(PlacedSprite(appearance, *place), room_above) for *place, room_above in places]
+            worst = min(contrast(background, sprite) for background, sprite in zip(backgrounds, sprites))
+            if worst > best:
+                best, chosen = worst, sprites
+            if best >= CONTRAST:
+                break
+        return chosen
+
+    def place(self, rng, description, backgrounds):
+        """Places what is described before one or more backgrounds: the same instances, most often at about the same
+        place. Hat and second emoji come before the first background only. -> a list of PlacedSprites for each"""
+        crowded = len(description.subjects) > 1 or description.beside is not None
+        room_above = 0 if description.hat is None else 9
+        columns = (17, 47) if rng.random() < 0.5 else (47, 17)       # x of the first and of the second of a crowd
+        sides = CROWDED if crowded else ALONE
+        placed = [[] for _ in backgrounds]
+        for subject, column in zip(description.subjects, columns):
+            side = rng.uniform(*sides)
+            y = rng.uniform(27, 41)
+            x = column + rng.uniform(-3, 3) if crowded else rng.uniform(24, 40)
+            places = [(x, y, side, room_above)]
+            for _ in backgrounds[1:]:
+                direction = rng.uniform(-1, 1, 3)
+                reach = NEAR if rng.random() < STAYS else FAR
+                dx, dy, scale = (direction * reach).tolist()
+                places.append((x + dx, y + dy, side * (1 + scale), 0))
+            for sprites, sprite in zip(placed, self.standing_out(rng, subject, places, backgrounds)):
+                sprites.append(sprite)
+        if description.beside is not None:               # in its natural colours, because only its name is given
+            beside = PlacedSprite(Appearance(description.beside), columns[1], y, rng.uniform(*CROWDED))
+            placed[0].append(inside(beside))
+        if description.hat is not None:
+            placed[0].append(hat_on(placed[0][0], description.hat))
+        return placed
+
+    def picture(self, rng, task, extras=True):
+        """-> Picture for one of data.TASKS, with the other one that belongs to it"""
+        descriptions = [self.describe(rng, task, extras)]
+        if task in ("subject", "recover"):
+            options = PLAIN if rng.random() < PLAIN_REFERENCE else SCENES
+            names = [name for name in options if name != descriptions[0].scene]
+            descriptions.append(Description(descriptions[0].subjects, pick(rng, names)))
+        texts = [description.caption(rng) for description in descriptions]
+        backgrounds = [scenes.paint(rng, description.scene) for description in descriptions]
+        if task == "recover":
+            placed = self.place(rng, descriptions[0], backgrounds[:1]) + [[]]            # the other one stays empty
+        else:
+            placed = self.place(rng, descriptions[0], backgrounds)
+        pictures = []
+        for description, text, background, sprites in zip(descriptions, texts, backgrounds, placed):
+            image, masks = paste(background, sprites, description.style)
+            pictures.append(Picture(description, text, image, masks, sprites))
+        if len(pictures) == 1:
+            return pictures[0]
+        return replace(pictures[0], other=pictures[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+OBJECT_SCALE = (0.4, 1.0)    # recovery: longer side of the pasted object, as a share of the frame
+
+
+def compose(task, picture, rng):
+    """A picture as its task shows it, as data.compose does it with rows on a disk.
+
+    -> prompt, [PIL references], PIL target; all images SIZE x SIZE
+    """
+    image, masks = picture.image, picture.masks
+    text = picture.caption
+    if task == "reconstruct" and rng.random() < data.CAPTION_DROP:
+        text = ""
+    prompt = data.prompt_for(task, picture.description.labels, text)
+    if task == "t2i":
+        return prompt, [], image
+    if task == "reconstruct":
+        return prompt, [image], image
+    if task == "segment":
+        return prompt, [image], data.on_black(image, masks[0])
+    if task == "recover":                                # painted at twice the size, then averaged
+        pasted = data.recovery_input(image, masks[0], picture.other.image, 2 * SIZE, rng, OBJECT_SCALE)
+        return prompt, [pasted.reduce(2)], image
+    if task == "subject":
+        return prompt, [picture.other.image], image
+    references = [data.multi_reference(image, mask, rng).resize((SIZE, SIZE), Image.BICUBIC) for mask in masks]
+    return prompt, references, image
+
+
+class EmojiData(Dataset):
+    """Samples of the world, in place of a data.TaskData.
+
+    weights: {task: its share}, default all of data.TASKS alike; besides them there are "caption" (a picture's caption
+    as labels) and "picture" (the target of any task alone, for a VQGAN). length: samples in an epoch; those after it
+    are new ones. extras: styles, hats and second emoji may come in. In training a reference is at times called by a
+    made-up name; otherwise "beach umbrella" and "blueberries", never met before, would be read as scenes. A sample also
+    has "meta": what is seen in it, to score a model's images by.
+    """
+
+    def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True):
+        self.processor, self.image_size, self.seed, self.extras = processor, image_size, seed, extras
+        self.rename = RENAMED if extras and held_out is False else 0
+        weights = weights or dict.fromkeys(data.TASKS, 1)
+        self.tasks = [task for task, weight in weights.items() if weight != 0]
+        if "caption" in self.tasks and len(self.tasks) > 1:
+            raise InputError("captioning has labels in place of a target picture; give no other task beside it")
+        shares = np.array([1 if weights[task] is None else weights[task] for task in self.tasks], dtype=float)
+        self.shares = shares / shares.sum()
+        expected = np.round(self.shares * length).astype(int).tolist()
+        self.counts = dict(zip(self.tasks, expected))                # samples in an epoch
+        self.problems, self.lines = [], length                       # as of a file without a damaged line
+        self.world = World(held_out)
+        self.names = [subjects()[i].label for i in self.world.known]
+
+    def __len__(self):
+        return self.lines
+
+    def __getitem__(self, k):
+        rng = np.random.default_rng((self.seed, k))
+        task = self.tasks[int(rng.choice(len(self.tasks), p=self.shares))]
+        any_task = pick(rng, data.TASKS)     # always drawn: the numbers after it must not depend on the task
+        shown_as = {"caption": "t2i", "picture": any_task}.get(task, task)
+        picture = self.world.picture(rng, shown_as, self.extras)
+        prompt, references, target = compose(shown_as, picture, rng)
+        if task == "caption":
+            prompt, references = data.prompt_for(task), [picture.image]
+        elif task == "picture":
+            prompt, references = data.prompt_for(task), []
+        elif references and rng.random() < self.rename:
+            prompt = renamed(prompt, picture.description.labels[0], made_up_name(rng, self.names))
+        meta = {"labels": picture.description.labels, "scene": picture.description.scene,
+                "style": picture.description.style, **vars(picture.sprites[0].appearance),
+                "mask": picture.masks[0].astype(np.uint8)}
+        sample = {"task": task, "name": f"emoji:{k}", "key": k, "problems": [], "meta": meta}
+        sample |= self.processor(prompt, references)
+        if task == "caption":
+            return sample | {"labels": data.caption_labels(self.processor.tokenizer, picture.caption)}
+        return sample | {"target": data.target_pixels(target, self.image_size)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world as files
+
+def save_image(image, path):
+    """Writes an image file; it appears whole or not at all."""
+    with cli.atomic_file(path) as temporary:
+        image.save(temporary)
+
+
+def save_row(task, picture, folder, stem):
+    """Writes a picture's images. -> its row in the layout that MENTOR released"""
+    labels = picture.description.labels
+    row = {"input_text": picture.caption, "source_image": f"{stem}.png"}
+    images = {f"{stem}.png": picture.image}
+    masks = {f"{stem}.mask{i}.png": Image.fromarray(mask) for i, mask in enumerate(picture.masks)}
+    if task == "t2i":
+        row["generation_only"] = True
+    elif task == "subject":
+        row |= {"image_path": f"{stem}.reference.png", "objects": labels[0], "swapped_text": picture.other.caption}
+        images[row["image_path"]] = picture.other.image
+    elif task == "multi":
+        row |= {"image_path": list(masks), "objects": labels}
+        images |= masks
+    elif task in ("segment", "recover"):
+        flag = "do_mask" if task == "segment" else "do_replace"
+        row |= {"image_path": f"{stem}.mask0.png", "objects": labels[0], flag: True}
+        images |= masks
+    for name, image in images.items():
+        save_image(image, os.path.join(folder, name))
+    return row
+
+
+def save_rows(rows, path):
+    """Writes a JSONL file."""
+    with cli.atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"wrote {path}: {len(rows):,} rows")
+
+
+def export_rows(folder, name, world, n, seed):
+    """Writes folder/name.jsonl with n rows, the tasks in turn, and their images into folder/name."""
+    rows = []
+    for k in range(n):
+        task = data.TASKS[k % len(data.TASKS)]
+        # a subject pair has no hat or style, because it is used in both orders
+        picture = world.picture(np.random.default_rng((seed, k)), task, extras=task != "subject")
+        rows.append(save_row(task, picture, folder, f"{name}/{k:05}"))
+    save_rows(rows, os.path.join(folder, f"{name}.jsonl"))
+
+
+def export(args):
+    """Writes a data set for train.py's --data, --val and --backgrounds: data.jsonl; val.jsonl, a sixth as many rows of
+    held-out subjects; backgrounds.jsonl, as many scenes without a subject, for the recovery task."""
+    few = max(args.n // 6, len(data.TASKS))
+    export_rows(args.folder, "data", World(args.held_out), args.n, args.seed)
+    export_rows(args.folder, "val", World(held_out=True), few, args.seed + 1)
+    rng = np.random.default_rng(args.seed + 2)
+    rows = [{"input_image": f"backgrounds/{k:05}.png"} for k in range(few)]
+    for row in rows:
+        save_image(scenes.paint(rng, pick(rng, list(SCENES))), os.path.join(args.folder, row["input_image"]))
+    save_rows(rows, os.path.join(args.folder, "backgrounds.jsonl"))
+
+
+def subject(args):
+    """Writes pictures of one emoji in one appearance before several scenes, with the captions and masks beside them
+    that `prepare.py folder` reads."""
+    labels = [known.label for known in subjects()]
+    if args.label not in labels:
+        similar = [label for label in labels if set(label.split()) & set(args.label.split())]
+        there_are = f"; there are {', '.join(similar[:20])}" if similar else ""
+        raise InputError(f"{args.label}: no such emoji{there_are}; all names are in assets/emoji.json")
+    index = labels.index(args.label)
+    stem = os.path.join(args.folder, args.label.replace(" ", "_"))
+    rng = np.random.default_rng(args.seed)
+    for k in range(args.n):
+        description = Description((index,), args.scene or pick(rng, list(SCENES)))
+        x, y = rng.uniform(28, 36, 2)
+        sprite = inside(PlacedSprite(Appearance(index, args.hue), x, y, rng.uniform(34, 44)))
+        image, masks = paste(scenes.paint(rng, description.scene), [sprite])
+        save_image(image, f"{stem}-{k:02}.png")
+        save_image(Image.fromarray(masks[0]), f"{stem}-{k:02}.mask.png")
+        with cli.atomic_file(f"{stem}-{k:02}.txt") as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(description.caption(rng) + "\n")
+    print(f"wrote {stem}-00.png to -{args.n - 1:02}.png, their masks and captions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To look at, and the command line
+
+def look(args):
+    """Writes a contact sheet: every scene behind three subjects, then samples of every task."""
+    cli.probe(args.out)
+    world, rng = World(args.held_out), np.random.default_rng(args.seed)
+    images = []
+    for name in SCENES:
+        for _ in range(3):
+            description = Description((pick(rng, world.subjects),), name)
+            background = scenes.paint(rng, name)
+            image, _ = paste(background, world.place(rng, description, [background])[0])
+            images.append(image.resize((2 * SIZE, 2 * SIZE), Image.BICUBIC))
+    sheets = [cli.contact_sheet(images, columns=15)]
+    processor = data.Processor(byte_tokenizer(), patches=1, max_tokens=1 << 12, image_size=SIZE)
+    for i, task in enumerate(data.TASKS):
+        samples = EmojiData(processor, weights={task: 1}, seed=args.seed + i, held_out=args.held_out)
+        tiles = [data.tile(samples[k], places=3) for k in range(args.n)]
+        sheets.append(cli.contact_sheet(tiles, columns=args.n))
+    width, height = max(sheet.width for sheet in sheets), sum(sheet.height + 8 for sheet in sheets)
+    page = Image.new("RGB", (width, height), "white")
+    top = 0
+    for sheet in sheets:
+        page.paste(sheet, (0, top))
+        top += sheet.height + 8
+    with cli.atomic_file(args.out) as temporary:
+        page.save(temporary, "WEBP" if args.out.endswith(".webp") else "PNG")
+    print(f"wrote {args.out}")
+
+
+def atlas(args):
+    """Draws assets/emoji.webp again, from Debian's fonts-noto-color-emoji."""
+    draw_atlas()
+
+
+def add_command(commands, function, n=None, what=None):
+    """A command named after its function. n, what: default and meaning of its --n."""
+    command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+    command.set_defaults(run=function)
+    if n:
+        command.add_argument("--n", type=cli.positive_int, default=n, help=f"{what} (default {n})")
+        command.add_argument("--seed", type=cli.natural, default=0, help="of all random numbers (default 0)")
+    return command
+
+
+def parse(argv):
+    """The command line."""
+    parser = cli.Parser(prog="python -m world.rows", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = add_command(commands, look, 4, "samples of a task")
+    command.add_argument("--held-out", action="store_true", help="with the subjects kept out of training")
+    command.add_argument("--out", default="out/world.png", help="the sheet, .png or .webp (default %(default)s)")
+
+    command = add_command(commands, export, 200, "rows of data.jsonl")
+    command.add_argument("folder")
+    command.add_argument("--held-out", action="store_true", help="data.jsonl too of subjects kept out of training")
+
+    command = add_command(commands, subject, 6, "images")
+    command.add_argument("label", help='its name, such as "dog face"')
+    command.add_argument("folder")
+    command.add_argument("--hue", type=float, default=0.0, help="degrees its colours are turned (default 0)")
+    command.add_argument("--scene", choices=SCENES, metavar="SCENE", help="one for all; default: any")
+
+    add_command(commands, atlas)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Runs the command that was asked for."""
+    args = parse(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,218 @@
+"""Trains the small model of the emoji world from nothing, stage by stage.
+
+    python -m world.train --stage vqgan              # the tokenizer, from random weights
+    python -m world.train --stage pretrain           # what CLIP, FLAN-T5 and LlamaGen bring to the full model
+    python -m world.train --stage 1                  # from here on the published stages
+    python -m world.train --stage 2
+    python -m world.train --stage multi              # if two subjects in one image are wanted
+
+Each starts from the one before it in out/tiny. Samples are painted as they are needed, unless --data names files. Flags
+and the loop are those of `train.py`; here stand the small model's sizes, its rows of the stage table, the objective of
+`pretrain` and the optimizer. On two cores take --workers 0 and `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2`.
+
+Shape letters: B batch, n samples that one loss is for, S prefix rows, T image tokens, P patches of an image, D the
+decoder's width, V codes, e their width. Next: `world/judge.py`.
+"""
+import os
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cli
+import train
+import weights
+from cli import InputError
+from encoder import T5Config, VisionConfig
+from model import DecoderConfig, MentorConfig, Prefix, Sampling
+from train import Stage, TokenObjective
+from vqgan import VQConfig
+from world import tokenizer
+from world.rows import EmojiData, small_tokenizer
+
+SMALL = MentorConfig(      # 6.1 M parameters, 2.0 M of them in the decoder
+    vision=VisionConfig(width=192, layers=4, heads=6, mlp=576, image_size=64, patch_size=8),
+    t5=T5Config(width=192, layers=3, heads=6, head_dim=32, mlp=512, vocab_size=1540, dropout=0.0),
+    decoder=DecoderConfig(4, 6, 192, multiple_of=64, codes=512, dropout=0.0, prefix_rope="grid", rope_base=100.0),
+    vqgan=VQConfig(channels=16, multipliers=(1, 2, 4), res_blocks=1, latent=64, codes=512),
+    prefix_tokens=128, image_size=64, sampling=Sampling(cfg_scale=2.0, temperature=0.9, top_k=512, top_p=0.8))
+
+STAGES = {      # an epoch is 100,000 samples
+    "vqgan": Stage(("vqgan",), {"picture": 1}, "random", global_batch=32, lr=1.5e-3, epochs=0.768, prefix_tokens=128,
+                   micro=32),
+    "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 50, "reconstruct": 25, "segment": 25},
+                      "out/tiny/vqgan", global_batch=32, lr=3e-3, epochs=0.48, prefix_tokens=128, micro=16),
+    "1": replace(train.STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, init="out/tiny/pretrain",
+                 global_batch=32, lr=2e-3, epochs=0.112, prefix_tokens=128, micro=16),
+    # with some reconstruction, or the skill is lost
+    "2": replace(train.STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
+                 init="out/tiny/1", global_batch=32, lr=2e-3, epochs=0.64, prefix_tokens=128, micro=16),
+    "multi": replace(train.STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30,
+                                                   "multi": 30},
+                     init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5, prefix_tokens=192, micro=16),
+}
+CODE_DISTANCE = 4          # pretrain: weight of a code's squared distance from where it should lie
+THUMBNAIL = 8              # pretrain: pixels a side of what a caption's last row has to tell of its image
+ALIGNED = ("reconstruct", "segment")     # tasks whose target lies under the reference: pretrain predicts its tokens
+MOMENTUM = 0.95            # Muon's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective of stage pretrain
+
+class PretrainObjective(TokenObjective):
+    """What CLIP, T5 and LlamaGen bring to the published recipe, learned from nothing.
+
+    The encoders learn to see and to read through two linear heads that are thrown away afterwards: one predicts the
+    tokens under each patch of a reference, in the tasks whose target lies under it; the other predicts a thumbnail of
+    the image from a caption's last row. The decoder learns to write from captions, at times with its input masked, so
+    from the caption alone.
+    """
+
+    def __init__(self, mentor):
+        super().__init__(mentor)
+        config = mentor.config
+        if config.grid % config.vision.grid:
+            raise InputError(f"--size {config.image_size} gives {config.grid} tokens a side for {config.vision.grid} "
+                             f"patches; take a multiple of {config.vision.grid * config.vqgan.factor}")
+        self.side = config.grid // config.vision.grid          # tokens a side of one patch
+        self.token_head = nn.Linear(config.decoder.width, self.side**2 * config.vqgan.code_width)
+        self.logit_scale = nn.Parameter(torch.tensor(20.0))
+        self.thumbnail_head = nn.Linear(config.decoder.width, 3 * THUMBNAIL**2)
+        self.mask_embedding = nn.Parameter(0.02 * torch.randn(config.decoder.width))
+
+    def forward(self, batch):
+        """-> (B,)"""
+        tokens = self.mentor.target_tokens(batch)                                         # (B, T)
+        aligned = torch.tensor([task in ALIGNED for task in batch["task"]], device=tokens.device)
+        drop = torch.zeros_like(aligned)
+        if "drop" in batch:                    # predicting tokens from unconditional rows would teach nothing
+            drop = batch["drop"] & ~aligned
+        images = batch["target"] if "target" in batch else self.mentor.vqgan.decode(tokens)
+        prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], drop)
+        losses = torch.zeros(len(tokens), device=tokens.device)
+        for chosen, loss, target in ((aligned, self.token_losses, tokens),
+                                     (~aligned, self.writing_losses, tokens),
+                                     (~aligned & ~drop, self.thumbnail_losses, images)):
+            if chosen.any():
+                part = self.select(prefix, chosen)
+                losses = losses.index_add(0, chosen.nonzero()[:, 0], loss(part, target[chosen]))
+        # DDP expects a gradient from every parameter on every rank, whatever tasks a batch holds
+        return losses + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+
+    @staticmethod
+    def select(prefix, chosen):
+        """The chosen samples (B,) bool, without the padding that they share. -> Prefix"""
+        used = prefix.valid[chosen].any(dim=0)                                            # (S,)
+        return Prefix(prefix.rows[chosen][:, used], prefix.valid[chosen][:, used], prefix.is_image[chosen][:, used])
+
+    def writing_losses(self, prefix, tokens):
+        """Cross entropy of all tokens. Neighbouring tokens tell so much about each other that the little a caption
+        adds would go unnoticed for long; so in half of the samples some or all of the input is masked. -> (n,)"""
+        hooks = []
+        if self.training:
+            masked = self.masked_inputs(tokens)[..., None]                                # (n, T - 1, 1)
+            replace_some = lambda module, inputs, x: torch.where(masked, self.mask_embedding, x)
+            hooks.append(self.mentor.decoder.tok_embeddings.register_forward_hook(replace_some))
+        logits = self.mentor.decoder(prefix, tokens[:, :-1], self.mentor.config.grid)     # (n, T, V)
+        for hook in hooks:
+            hook.remove()
+        return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").sum(dim=1)
+
+    @staticmethod
+    def masked_inputs(tokens):
+        """Which inputs are masked: a function of the sample alone, on whichever rank it is. -> (n, T - 1) bool"""
+        masked = torch.zeros(tokens[:, 1:].shape, dtype=torch.bool)
+        for row, sample in zip(masked, tokens.cpu()):
+            generator = torch.Generator().manual_seed(int(sample.sum()))
+            whether, share = torch.rand(2, generator=generator)
+            row |= (torch.rand(row.shape, generator=generator) < 1.2 * share) & (whether < 0.5)
+        return masked.to(tokens.device)
+
+    def token_losses(self, prefix, tokens):
+        """Cross entropy of the tokens under every patch. The head gives a point in the codes' space, and similarities to
+        the codes are the logits: similar codes are close by construction, and a near miss costs less. -> (n,)"""
+        patches, side = self.mentor.config.vision.grid, self.side
+        codes = F.normalize(self.mentor.vqgan.quantize.embedding.weight, dim=-1)          # (V, e)
+        target = tokens.view(-1, patches, side, patches, side).transpose(2, 3).flatten()  # (n * T,) patch by patch
+        points = self.token_head(prefix.rows[prefix.is_image])                            # (n * P, side**2 * e)
+        points = points.unflatten(-1, (side**2, -1)).flatten(0, 1)                        # (n * T, e)
+        losses = F.cross_entropy(self.logit_scale * (points @ codes.T).float(), target, reduction="none")
+        losses = losses + CODE_DISTANCE * (points - codes[target]).square().sum(dim=-1)
+        return losses.view(len(tokens), -1).sum(dim=1)                                    # (n,)
+
+    def thumbnail_losses(self, prefix, images):
+        """Squared error of the thumbnail, scaled to about the size of the other losses. -> (n,)"""
+        thumbnails = F.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)                  # (n, 3 * THUMBNAIL**2)
+        error = (self.thumbnail_head(prefix.rows[:, -1]).float() - thumbnails).square().mean(dim=1)
+        return 5 * self.mentor.config.grid**2 * error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What differs from train.py, as train.fit takes it
+
+def make_optimizers(objective, stage):
+    """Muon for the hidden matrices of the model, AdamW for the rest: every direction of a matrix moves alike, and a
+    small model needs a third of the samples (Jordan et al. 2024, github.com/KellerJordan/Muon; the length of a step as
+    in arXiv 2502.16982, so that both share one learning rate). The tokenizer takes AdamW alone. -> list
+    """
+    if "vqgan" in stage.trains:
+        return train.make_optimizers(objective, stage)
+    hidden = {module.weight for module in objective.mentor.modules() if isinstance(module, nn.Linear)}
+    hidden -= {objective.mentor.decoder.output.weight}
+    matrices = [p for p in objective.parameters() if p.requires_grad and p in hidden]
+    muon = torch.optim.Muon(matrices, lr=stage.lr, weight_decay=train.WEIGHT_DECAY, momentum=MOMENTUM,
+                            adjust_lr_fn="match_rms_adamw")
+    return [muon, *train.make_optimizers(objective, stage, leave_out=hidden)]
+
+
+def load_start(args, stage, log):
+    """The weights that a stage starts from; random ones have the small model's size. -> Mentor"""
+    if stage.init != "random":
+        return train.load_start(args, stage, log, command="-m world.train")
+    return weights.random_model(SMALL.override(stage.prefix_rope, stage.prefix_tokens), small_tokenizer(), args.seed)
+
+
+def make_data(args, stage, mentor, log):
+    """Painted samples, and held-out subjects to validate on; or, with --data, what files hold."""
+    if args.data:
+        return train.task_data(args, stage, mentor, log)
+    options = {"image_size": mentor.config.image_size, "weights": stage.tasks}
+    val = EmojiData(mentor.processor, seed=args.seed + 1, held_out=True, **options)
+    return EmojiData(mentor.processor, seed=args.seed, **options), val, val
+
+
+def parse(argv):
+    """The command line -> arguments, the stage's row with their overrides."""
+    parser = train.make_parser(list(STAGES), __doc__)
+    extra = parser.add_argument_group("stage vqgan")
+    extra.add_argument("--adversarial", type=cli.nonnegative_float, default=0.0, metavar="WEIGHT",
+                       help="of a discriminator, to which the tokenizer listens in the second half; default 0 = none")
+    extra.add_argument("--lpips", nargs=2, metavar=("VGG", "HEADS"), help="weights of a perceptual loss: "
+                       "vgg16-397923af.pth and vgg.pth")
+    args = parser.parse_args(argv)
+    if args.stage != "vqgan" and (args.adversarial or args.lpips):
+        raise InputError(f"--adversarial and --lpips are for --stage vqgan; leave them out in stage {args.stage}")
+    if args.fsdp and args.stage in ("vqgan", "pretrain"):
+        raise InputError(f"--fsdp is for large models; stage {args.stage} trains without it")
+    args.out = args.out or os.path.join("out", "tiny", args.stage)
+    return args, train.override(STAGES[args.stage], args)
+
+
+def main(argv=None):
+    """The command line."""
+    args, stage = parse(argv)
+    options = {"make_objective": TokenObjective}
+    if args.stage == "vqgan":
+        make_objective = partial(tokenizer.PixelObjective, adversarial=args.adversarial, lpips=args.lpips,
+                                 fresh=stage.init == "random")
+        options = {"make_objective": make_objective, "before_step": tokenizer.before_step}
+    if args.stage == "pretrain":
+        options = {"make_objective": PretrainObjective}
+    train.fit(args, stage, make_data=make_data, optimizers_of=make_optimizers, start=load_start, **options)
+
+
+if __name__ == "__main__":
+    cli.run(main)
