@@ -1,5 +1,5 @@
 """What all command lines share: errors in one sentence, number types for flags, files that appear whole or not at all,
-processes and signals, the log of a run.
+processes and signals, the log of a run, opening images and making sheets of them.
 
 Nothing here is about MENTOR; a reader of the network can skip it. Next: `data.py`, where the images come in.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 
 class InputError(ValueError):
@@ -323,7 +323,50 @@ def plot_log(path, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sheets to look at
+# Images: opening them, sheets to look at
+
+MAX_PIXELS = 180_000_000   # a larger image is taken for a decompression bomb
+MIN_SIDE, MAX_ASPECT = 8, 20
+Image.MAX_IMAGE_PIXELS = None      # Pillow's own limit; open_image has one whose error names the file
+
+
+def to_rgb(image):
+    """Any Pillow image -> RGB: 16-bit greys reduced to 8, transparency laid on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image).astype(np.float32)
+        if grey.max() > 255:
+            grey = grey * (255 / 65535)
+        image = Image.fromarray(np.ceil(grey.clip(0, 255)).astype(np.uint8))    # up: what is above 0 stays above 0
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_image(path):
+    """Opens an image of any common kind as RGB, turned as its EXIF tag says, of an animation the first frame.
+
+    Raises InputError that names the file where there is no image, or a damaged, an oversized or a tiny one.
+    """
+    try:
+        image = Image.open(path)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise InputError(f"{path}: {width} x {height} pixels are too many (at most {MAX_PIXELS:,}); scale it down")
+        if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+            raise InputError(f"{path}: {width} x {height} pixels show too little; each side needs at least {MIN_SIDE} "
+                             f"pixels and the longer at most {MAX_ASPECT} times the shorter")
+        image.seek(0)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
+    except Exception as error:         # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
+        if getattr(error, "errno", None):
+            raise InputError(f"{path}: {error.strerror.lower()}; give an image file (no folder) that can be read"
+                             ) from None
+        raise InputError(f"{path}: not a picture, or a damaged one ({error}); open and save it anew") from None
+
 
 def contact_sheet(images, columns=None, gap=4):
     """A white sheet with PIL images of one size in rows of `columns` (default: a near-square)."""

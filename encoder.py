@@ -338,26 +338,20 @@ class MultimodalEncoder(nn.Module):
         self.connector = Connector(vision.width, t5.width, connector)
         self.t5 = T5(t5, decoder=t5_decoder)
 
-    def check_images(self, is_image, refs):
-        """Raises InputError where the `<image>` rows and the images' patches differ in number."""
-        patches = self.clip.config.grid**2
-        rows, given = int(is_image.sum()), len(refs) * patches
-        if rows != given:
-            raise InputError(f"the prompts have {rows} <image> tokens but {len(refs)} reference pictures give "
-                             f"{given} patches; write {patches} <image> tokens for each picture")
-
     def forward(self, ids, mask, refs=None):
         """ids, mask: (B, S), padded at the right; refs: (K, 3, c, c) CLIP pixels of all samples, in order of samples.
 
-        Each image fills the next P `<image>` rows. -> H (B, S, C), padded rows zero; InputError as in check_images.
+        Each image fills the next P `<image>` rows. -> H (B, S, C), padded rows zero; InputError where they do not fit.
         """
         rows = self.t5.embed(ids)                                                         # (B, S, C)
         is_image = ids == self.image_id                                                   # (B, S)
         if refs is None:
             refs = rows.new_empty(0, 3, self.clip.config.image_size, self.clip.config.image_size)
-        if not ids.is_meta:              # a dry run on the meta device has shapes but no values
-            self.check_images(is_image, refs)
+        patches = self.clip.config.grid**2
+        if not ids.is_meta and is_image.sum() != len(refs) * patches:      # on the meta device there are no values
+            raise InputError(f"the prompts have {is_image.sum()} <image> tokens but {len(refs)} reference pictures "
+                             f"give {len(refs) * patches} patches; write {patches} <image> tokens for each picture")
         # also where there are no images: a connector that trains then has gradients (0) on every rank
-        patches = self.connector(self.clip(refs.type_as(rows)))                           # (K, P, C)
-        rows = rows.masked_scatter(is_image.unsqueeze(-1), patches.type_as(rows))         # in order, as images come
+        features = self.connector(self.clip(refs.type_as(rows)))                          # (K, P, C)
+        rows = rows.masked_scatter(is_image.unsqueeze(-1), features.type_as(rows))        # in order, as images come
         return self.t5.encode(rows, mask)                                                 # (B, S, C)

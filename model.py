@@ -12,7 +12,7 @@ Shape letters: B batch, K reference images, S prefix rows, T image tokens (grid 
 D the decoder's width, H heads, hd channels a head, V codes. Next: `vqgan.py`, which makes images of tokens.
 """
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -92,11 +92,6 @@ class MentorConfig:
         """Image tokens a side at `image_size`."""
         return self.image_size // self.vqgan.factor
 
-    def override(self, prefix_rope=None, prefix_tokens=None):
-        """The same network with another rotation of the prefix, or with room for a longer one."""
-        decoder = replace(self.decoder, prefix_rope=prefix_rope or self.decoder.prefix_rope)
-        return replace(self, decoder=decoder, prefix_tokens=max(self.prefix_tokens, prefix_tokens or 0))
-
 
 SIZES = {   # of the decoder: layers, heads, width (parameters with 16,384 codes); all but "toy" have published encoders
     "toy": MentorConfig(         # random weights that run anywhere in a second
@@ -128,8 +123,7 @@ class Prefix(NamedTuple):
 
     def join(self, other):
         """This batch, then the other."""
-        return Prefix(torch.cat([self.rows, other.rows]), torch.cat([self.valid, other.valid]),
-                      torch.cat([self.is_image, other.is_image]))
+        return Prefix(*(torch.cat(pair) for pair in zip(self, other)))
 
 
 def left_pad(rows, mask):
@@ -262,7 +256,6 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, eps=1e-5)
         self.output = nn.Linear(config.width, config.codes, bias=False)
-        use_fast_products(self)                                # the same numbers, sooner: see the end of this file
 
     def rope(self, prefix, grid):
         """The rotary table of the whole sequence. -> (1 or B, L, hd / 2, 2)"""
@@ -371,11 +364,6 @@ class Mentor(nn.Module):
         """Where prompts are read and images are sampled."""
         return self.projector.uncond.device
 
-    @property
-    def dtype(self):
-        """What the decoder computes in."""
-        return self.decoder.output.weight.dtype
-
     def project(self, h, valid, is_image):
         """Left-padded T5 rows -> Prefix."""
         return Prefix(self.projector(h.to(self.projector.fc1.weight.dtype)), valid, is_image)
@@ -476,50 +464,7 @@ class Mentor(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What only speed decided; everything above computes the same without it
-
-COMPILED_ROWS, LEFT_ROWS = 8, 64   # up to so many rows a product on a CPU is faster as compiled sums, or weight first
-
-
-def few_rows_product(x, weight):
-    """x @ weight.T written as sums, which a compiler fuses into one loop over the weight.
-
-    x: (n, in); weight: (out, in) -> (n, out)
-    """
-    if weight.size(1) <= 2048:
-        return torch.stack([(weight * row).sum(dim=-1) for row in x])
-    # longer rows of x leave the nearest cache between two reads, so four rows of the weight share one reading of them
-    columns = []
-    for row in x:
-        sums = [(part * row).sum(dim=-1) for part in weight.unflatten(0, (-1, 4)).unbind(dim=1)]
-        columns.append(torch.stack(sums, dim=-1).flatten())
-    return torch.stack(columns)
-
-
-class FewRowsLinear(nn.Linear):
-    """nn.Linear without bias, for decoding on a CPU: with a few rows its time is that of reading the weight, which the
-    ordinary product does at a fifth of the memory's speed, with the weight at the left at half, and compiled sums at
-    nearly all of it (`python bench.py decode`)."""
-
-    def forward(self, x):
-        """(..., in) -> (..., out)"""
-        n = x.numel() // x.size(-1)
-        if x.device.type != "cpu" or n > LEFT_ROWS:
-            return F.linear(x, self.weight)
-        rows = x.reshape(n, -1)                                                           # (n, in)
-        if n <= COMPILED_ROWS and torch.compiler.is_compiling():
-            y = few_rows_product(rows, self.weight)                                       # (n, out)
-        else:
-            y = (self.weight @ rows.t()).t()                                              # (n, out)
-        return y.reshape(*x.shape[:-1], -1)
-
-
-def use_fast_products(decoder):
-    """Gives every nn.Linear of the decoder the product of FewRowsLinear."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = FewRowsLinear
-
+# What only speed decided; everything above computes the same without it (on a CPU see also weights.FewRowsLinear)
 
 def compile_blocks(decoder):
     """Compiles the blocks on the first call, all of them as one; falls back to eager where no compiler is found."""

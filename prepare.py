@@ -4,7 +4,7 @@
     python prepare.py look my_pictures/data.jsonl                              # writes out/look.png, counts, problems
     python prepare.py encode my_pictures/data.jsonl --weights W --out codes    # saves train.py the VQGAN's encoder
 
-The layout of the JSON lines and the tasks stand in `data.py`, which also reads the codes again (`train.py --codes`).
+`data.py` describes the JSON lines and the tasks. `train.py --codes codes` reads the codes, by weights.Codes.
 """
 import argparse
 import json
@@ -59,18 +59,18 @@ def folder(args):
     if not images:
         raise InputError(f"{args.pictures}: no folder with pictures; put some there as dog-00.jpg, dog-01.jpg, ...")
     out = args.out or os.path.join(args.pictures, "data.jsonl")
-    place = os.path.relpath(args.pictures, os.path.dirname(os.path.abspath(out)))      # paths are relative to the JSONL
+    relative = os.path.relpath(args.pictures, os.path.dirname(os.path.abspath(out)))   # paths start at the JSONL
     rows, subjects = [], {}
     for name in images:
         stem = os.path.splitext(name)[0]
         subject = cli.subject_of(os.path.join(args.pictures, name))
         row = {"input_text": caption_of(args.pictures, stem, names),
-               "source_image": os.path.normpath(os.path.join(place, name))}
+               "source_image": os.path.normpath(os.path.join(relative, name))}
         rows.append(row)
         if row["input_text"]:
             rows.append(row | {"generation_only": True})
         if f"{stem}.mask.png" in names:
-            mask = os.path.normpath(os.path.join(place, f"{stem}.mask.png"))
+            mask = os.path.normpath(os.path.join(relative, f"{stem}.mask.png"))
             masked = row | {"image_path": mask, "objects": subject}
             rows += [masked | {"do_mask": True}, masked | {"do_replace": True}]
         subjects.setdefault(subject, []).append(row)
@@ -78,8 +78,10 @@ def folder(args):
         rows += pairs(subject, shown)
     with cli.atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    print(f"wrote {out}: {len(rows):,} rows of {len(images):,} pictures, {len(subjects):,} subject(s): "
-          f"{', '.join(list(subjects)[:8])}{', ...' if len(subjects) > 8 else ''}")
+    listed = ", ".join(list(subjects)[:8])
+    if len(subjects) > 8:
+        listed += ", ..."
+    print(f"wrote {out}: {len(rows):,} rows of {len(images):,} pictures, {len(subjects):,} subject(s): {listed}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def encode(args):
     keys, first = np.unique(keys, return_index=True)           # ascending; of equal lines one is enough
     with cli.atomic_file(path) as temporary:
         save_file({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, temporary,
-                  metadata={"image_size": str(size), "vqgan": vqgan.fingerprint()})
+                  metadata={"image_size": str(size), "vqgan": weights.fingerprint(vqgan)})
     print(f"wrote {path}")
 
 

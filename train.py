@@ -8,9 +8,8 @@ A stage is one row of STAGES: what it trains, on which tasks, how long, from whi
 `--out` becomes a folder that `sample.py --weights` takes, with `log.jsonl`, a plot of the losses and images sampled
 along the way, and checkpoints from which `--resume` goes on exactly. "Step" always means an optimizer step.
 
-In this file: stages, command line, objectives, processes, optimizer, memory, checkpoints, watching, the loop. The loop
-at the end is short; start there and read backwards if you like. Next: `weights.py`, or `world/`, where a small model is
-trained from nothing.
+The loop at the end is short: start there and read backwards if you like. Next: `world/`, where a small model is trained
+from nothing.
 """
 import argparse
 import functools
@@ -162,17 +161,13 @@ def find_data(args, folder):
     """Takes data, validation data and backgrounds from a folder, as far as it has them and no flag names others."""
     files = {"data": [], "val": [], "backgrounds": []}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))):
-        name = os.path.basename(path)
-        if name == "backgrounds.jsonl":
-            files["backgrounds"].append(path)
-        elif name.startswith("val"):
-            files["val"].append(path)
-        else:
-            files["data"].append(path)
+        kind = "val" if os.path.basename(path).startswith("val") else "data"
+        if os.path.basename(path) == "backgrounds.jsonl":
+            kind = "backgrounds"
+        files[kind].append(path)
     if files["data"]:
-        for name, paths in files.items():
-            if not getattr(args, name):
-                setattr(args, name, paths)
+        for kind, paths in files.items():
+            setattr(args, kind, getattr(args, kind) or paths)
 
 
 def parse(argv):
@@ -270,7 +265,7 @@ def make_optimizers(objective, stage, leave_out=()):
 
 @dataclass
 class Run:
-    """Everything a run needs, made once by `prepare`."""
+    """Everything a run needs, made once by `fit`."""
     args: argparse.Namespace
     stage: Stage                       # with the command line's overrides
     ranks: cli.Ranks
@@ -367,19 +362,6 @@ def batch_arithmetic(args, stage, ranks, samples):
     return micro, accum, stage.steps or max(1, round(stage.epochs * samples / stage.global_batch))
 
 
-def claim(args, ranks, replace_old):
-    """Makes sure that --out holds no other run; with replace_old, a run that it holds is removed."""
-    used = bool(weights.checkpoints(args.out)) and not args.resume
-    ranks.barrier()                            # all have looked
-    if used and not replace_old:
-        raise InputError(f"{args.out}: holds another run; go on with it by --resume, or choose another --out")
-    if ranks.rank == 0:
-        if used:
-            shutil.rmtree(args.out)
-        cli.probe(os.path.join(args.out, "log.jsonl"))
-    ranks.barrier()
-
-
 def check(run, before):
     """Raises InputError for a run that cannot be meant. before: settings of the run that this one resumes, or None."""
     args, stage, untrained = run.args, run.stage, run.mentor.config.untrained
@@ -471,11 +453,21 @@ def to_device(batch, device):
     return moved
 
 
+def means(ranks, parts):
+    """Loss an element over all ranks. parts: (task, loss, elements) of this rank's samples. -> all, {task: mean}"""
+    sums = {}
+    for part in ranks.gather(parts):
+        for task, loss, elements in part:
+            before = sums.get(task, (0.0, 0))
+            sums[task] = before[0] + loss, before[1] + elements
+    total, count = (sum(column) for column in zip(*sums.values()))
+    return total / count, {task: loss / elements for task, (loss, elements) in sorted(sums.items())}
+
+
 def validate(run):
     """Mean loss an element for every task of the validation data, the batches shared among the ranks."""
-    count, val = min(len(run.val), VAL_SAMPLES), run.val
+    count, val, parts = min(len(run.val), VAL_SAMPLES), run.val, []
     starts = range(0, count, run.micro)
-    sums, counts = dict.fromkeys(val.tasks, 0.0), dict.fromkeys(val.tasks, 0)
     for first in range(0, len(starts), run.ranks.world):
         # where a rank has no batch left it repeats one without counting it: FSDP needs all ranks in every forward
         number = first + run.ranks.rank
@@ -484,11 +476,8 @@ def validate(run):
         with run.evaluating(), run.autocast():
             losses = run.model(to_device(batch, run.ranks.device))                        # (B,)
         if number < len(starts):
-            for task, loss, elements in zip(batch["task"], losses.tolist(), run.objective.elements(batch).tolist()):
-                sums[task] += loss
-                counts[task] += elements
-    totals = run.ranks.sum([*sums.values(), *counts.values()])
-    return {task: total / n for task, total, n in zip(val.tasks, totals, totals[len(sums):]) if n}
+            parts += zip(batch["task"], losses.tolist(), run.objective.elements(batch).tolist())
+    return means(run.ranks, parts)[1]
 
 
 def sheet(run):
@@ -530,23 +519,18 @@ def read_micros(run, loader, problems, step):
 
 def train_step(run, micros, step):
     """One optimizer step. -> {"loss", "losses" per task, "grad_norm"}; raises InputError where they are not finite."""
-    sums, counts = dict.fromkeys(run.stage.tasks, 0.0), dict.fromkeys(run.stage.tasks, 0)
-    elements = [run.objective.elements(batch).tolist() for batch in micros]
-    total = run.ranks.sum([sum(map(sum, elements))])[0]
+    parts, elements = [], [run.objective.elements(batch) for batch in micros]             # (B,) each
+    total = run.ranks.sum([float(torch.cat(elements).sum())])[0]
     for i, batch in enumerate(micros):
         with accumulating(run.model, last=i == len(micros) - 1):
             with run.autocast():
                 losses = run.model(to_device(batch, run.ranks.device))                    # (B,), sums over elements
             # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
             (losses.sum() * (run.ranks.world / total)).backward()
-        for task, loss, count in zip(batch["task"], losses.tolist(), elements[i]):
-            sums[task] += loss
-            counts[task] += count
-    totals = run.ranks.sum([*sums.values(), *counts.values()])
-    sums, counts = totals[:len(sums)], totals[len(sums):]
+        parts += zip(batch["task"], losses.tolist(), elements[i].tolist())
+    loss, losses = means(run.ranks, parts)
     norm = nn.utils.clip_grad_norm_([p for p in run.model.parameters() if p.requires_grad], CLIP_NORM)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    loss = sum(sums) / total
     if not (math.isfinite(loss) and math.isfinite(norm)):
         names = sum(run.ranks.gather([name for batch in micros for name in batch["name"]]), [])
         folder = save_checkpoint(run, step, f"nonfinite-step-{step}")
@@ -555,7 +539,6 @@ def train_step(run, micros, step):
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    losses = {task: a / n for task, a, n in zip(run.stage.tasks, sums, counts) if n}
     return {"loss": loss, "losses": losses, "grad_norm": norm}
 
 
@@ -616,7 +599,7 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     log = tqdm.write if ranks.rank == 0 else lambda line: None
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    claim(args, ranks, replace_old)
+    weights.claim(args.out, ranks, args.resume, replace_old)
 
     # model and data
     saved, training = {}, {"step": 0, "settings": None}

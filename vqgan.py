@@ -9,7 +9,6 @@ table. MENTOR never trains it; `world/tokenizer.py` does, for the small model.
 Shape letters: B batch, C channels, h x w the latent grid, T = h * w tokens, V codes, e their width.
 Next: `sample.py` (and `weights.py` for how public files are read).
 """
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +162,6 @@ class Quantizer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.beta = config.beta
         self.embedding = nn.Embedding(config.codes, config.code_width)
         nn.init.uniform_(self.embedding.weight, -1.0 / config.codes, 1.0 / config.codes)
 
@@ -205,8 +203,3 @@ class VQGAN(nn.Module):
         """(B, T) tokens of a square grid -> (B, 3, H, W), about [-1, 1]"""
         grid = round(tokens.size(1) ** 0.5)
         return self.decoder(self.post_quant_conv(self.quantize.lookup(tokens.unflatten(1, (grid, grid)))))
-
-    def fingerprint(self):
-        """Tells this VQGAN's codes from another's. -> str"""
-        codes = self.quantize.embedding.weight.detach().cpu().numpy()
-        return hashlib.blake2b(codes.tobytes(), digest_size=8).hexdigest()

@@ -22,9 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
 
 import cli
 from cli import InputError
@@ -307,6 +309,12 @@ def public_config(files):
     return config
 
 
+def override(config, prefix_rope=None, prefix_tokens=None):
+    """The same network with another rotation of the prefix, or with room for a longer one."""
+    decoder = replace(config.decoder, prefix_rope=prefix_rope or config.decoder.prefix_rope)
+    return replace(config, decoder=decoder, prefix_tokens=max(config.prefix_tokens, prefix_tokens or 0))
+
+
 def config_from_dict(cls, values):
     """The inverse of dataclasses.asdict, for nested configurations; raises InputError for names it does not know."""
     known = {f.name: f.type for f in fields(cls)}
@@ -330,7 +338,7 @@ def load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder):
             config = config or config_from_dict(MentorConfig, json.load(file))
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise InputError(f"{paths['config.json']}: not a model's configuration ({error}); copy it again") from None
-    config = config.override(prefix_rope, prefix_tokens)
+    config = override(config, prefix_rope, prefix_tokens)
     tensors = read_tensors(paths["model.safetensors"])
     if not t5_decoder:
         tensors = {name: tensor for name, tensor in tensors.items()
@@ -386,7 +394,7 @@ def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_dec
     tokenizer = tokenizer_in(weights, paths)
     if "mentor" in files:
         prefer_checkpoint(files, log)
-    config = (config or public_config(files)).override(prefix_rope, prefix_tokens)
+    config = override(config or public_config(files), prefix_rope, prefix_tokens)
     with torch.device("meta"):
         model = Mentor(config, tokenizer, t5_decoder)
     for kind, (path, tensors) in files.items():
@@ -398,6 +406,52 @@ def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_dec
         model.config = replace(model.config, untrained=("encoder.connector",))
         log(f"{weights}: holds no connector; a new, untrained one is used, good for text to image only")
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products for decoding on a CPU: what only speed decided, the numbers are those of nn.Linear
+
+COMPILED_ROWS, LEFT_ROWS = 8, 64   # up to so many rows a product on a CPU is faster as compiled sums, or weight first
+
+
+def few_rows_product(x, weight):
+    """x @ weight.T written as sums, which a compiler fuses into one loop over the weight.
+
+    x: (n, in); weight: (out, in) -> (n, out)
+    """
+    if weight.size(1) <= 2048:
+        return torch.stack([(weight * row).sum(dim=-1) for row in x])
+    # longer rows of x leave the nearest cache between two reads, so four rows of the weight share one reading of them
+    columns = []
+    for row in x:
+        sums = [(part * row).sum(dim=-1) for part in weight.unflatten(0, (-1, 4)).unbind(dim=1)]
+        columns.append(torch.stack(sums, dim=-1).flatten())
+    return torch.stack(columns)
+
+
+class FewRowsLinear(nn.Linear):
+    """nn.Linear without bias, for decoding on a CPU: with a few rows its time is that of reading the weight, which the
+    ordinary product does at a fifth of the memory's speed, with the weight at the left at half, and compiled sums at
+    nearly all of it (`python bench.py decode`)."""
+
+    def forward(self, x):
+        """(..., in) -> (..., out)"""
+        n = x.numel() // x.size(-1)
+        if x.device.type != "cpu" or n > LEFT_ROWS:
+            return F.linear(x, self.weight)
+        rows = x.reshape(n, -1)                                                           # (n, in)
+        if n <= COMPILED_ROWS and torch.compiler.is_compiling():
+            y = few_rows_product(rows, self.weight)                                       # (n, out)
+        else:
+            y = (self.weight @ rows.t()).t()                                              # (n, out)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def use_fast_products(decoder):
+    """Gives every nn.Linear of the decoder the product of FewRowsLinear."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = FewRowsLinear
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,6 +488,7 @@ def place(mentor, device, dtype, offload=False):
     mentor.projector.to(device, dtype)
     mentor.decoder.to(later, dtype)
     mentor.vqgan.to(later)
+    use_fast_products(mentor.decoder)
     return mentor.eval()
 
 
@@ -451,7 +506,7 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=No
         size = weights[7:] or "toy"
         if size not in SIZES:
             raise InputError(f"{weights}: no such size; the sizes are {', '.join(SIZES)}")
-        config = (config or SIZES[size]).override(prefix_rope, prefix_tokens)
+        config = override(config or SIZES[size], prefix_rope, prefix_tokens)
         model = random_model(config, byte_tokenizer(), 0, t5_decoder)
         generator = torch.Generator().manual_seed(0)         # the published start, zero, would not look at its input
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
@@ -496,6 +551,19 @@ def checkpoints(out):
     return [os.path.join(out, name) for name in sorted(os.listdir(out), reverse=True) if STEP.match(name)]
 
 
+def claim(out, ranks, resume, replace_old=False):
+    """Makes sure that a new run finds no other in `out`; with replace_old, a run that is there is removed."""
+    used = bool(checkpoints(out)) and not resume
+    ranks.barrier()                            # all have looked
+    if used and not replace_old:
+        raise InputError(f"{out}: holds another run; go on with it by --resume, or choose another --out")
+    if ranks.rank == 0:
+        if used:
+            shutil.rmtree(out)
+        cli.probe(os.path.join(out, "log.jsonl"))
+    ranks.barrier()
+
+
 def newest_checkpoint(out, t5_decoder=False, log=print):
     """The newest checkpoint that can be read, else the one before, and so on.
 
@@ -523,6 +591,12 @@ def publish(folder, out):
                 shutil.copyfile(os.path.join(folder, name), temporary)
 
 
+def fingerprint(vqgan):
+    """Tells this VQGAN's codes from another's. -> str"""
+    codes = vqgan.quantize.embedding.weight.detach().cpu().numpy()
+    return hashlib.blake2b(codes.tobytes(), digest_size=8).hexdigest()
+
+
 class Codes:
     """VQ tokens written by `python prepare.py encode`, found by a sample's key."""
 
@@ -536,7 +610,7 @@ class Codes:
             raise InputError(f"{self.path}: no codes ({error}); make them with `python prepare.py encode`") from None
         if made_for != image_size:
             raise InputError(f"{self.path}: made for pictures of {made_for} pixels, not {image_size}; encode again")
-        if made_by != vqgan.fingerprint():
+        if made_by != fingerprint(vqgan):
             raise InputError(f"{self.path}: made with another VQGAN than this model's; encode again")
 
     def __getitem__(self, key):

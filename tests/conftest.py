@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 import weights
-from encoder import CLIP_NAMES, DINO_NAMES, Clip, Dino, T5Config, TextConfig, VisionConfig
-from model import DecoderConfig, MentorConfig, Sampling, size_config
+from encoder import CLIP_NAMES, T5Config, VisionConfig
+from model import SIZES, DecoderConfig, MentorConfig, Sampling
+from scorers import CLIP_TEXT_NAMES, DINO_NAMES, Clip, Dino, TextConfig
 from vqgan import VQConfig
 
 HERE = pathlib.Path(__file__).parent
@@ -91,7 +92,7 @@ def t5_config(c):
 
 def decoder_config(c):
     if isinstance(c, str):
-        return size_config(c.removeprefix("GPT-")).decoder
+        return SIZES[c.removeprefix("GPT-")].decoder
     return DecoderConfig(c["n_layer"], c["n_head"], c["dim"], c["multiple_of"], c["vocab_size"])
 
 
@@ -127,7 +128,7 @@ def endpoint():
                 self.end_headers()
                 self.wfile.write(b"<html>" if answer == 200 else json.dumps(content).encode())
             except OSError:
-                pass                                           # gone, as one does who was let wait
+                pass                                           # the client did not wait
 
         def log_message(self, *args):
             pass
@@ -160,7 +161,7 @@ def networks(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "clip" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "clip" / "merges.txt").write_text("#version: 0.2\n")
-    clip = public(Clip(vision, text, 48), CLIP_NAMES)
+    clip = public(Clip(vision, text, 48), CLIP_NAMES + CLIP_TEXT_NAMES)
     clip["vision_model.embeddings.position_ids"] = torch.arange(17)               # older files hold these too
     torch.save(clip, folder / "clip" / "pytorch_model.bin")
     save_file(public(Dino(32, 64, 2, 1), DINO_NAMES), folder / "dino" / "model.safetensors")

@@ -1,29 +1,26 @@
-"""Pictures, prompts and training data. Rows are made of small painted pictures, so that only the golden pixels and the
-T5 prompts need material from outside the repository."""
+"""Images, prompts and training data. Rows are made of small painted images, so that only the golden pixels and the T5
+prompts need material from outside the repository."""
 import json
-import os
 import pathlib
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Golden, close, material
+from conftest import Golden, close, material
 from PIL import Image
 
 import data
-from data import InputError, Problems, Prompter, TaskData, batches, byte_tokenizer, open_image
-from model import Mentor
+import weights
+from data import InputError, Processor, TaskData, batches, open_image
 
 SIZE, CLIP = 24, 28          # pixels a side of targets and references in these tests
 BOXES = {"wide": (0, 100, 640, 500), "tall": (200, 0, 500, 640), "tiny": (300, 300, 420, 380)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 @pytest.mark.parametrize("kind, size, step", [("clip", 224, 3), ("target256", 256, 4), ("target512", 512, 8)])
 def test_pixels_agree_with_the_golden_outputs(kind, size, step):
@@ -39,7 +36,7 @@ def test_pixels_agree_with_the_golden_outputs(kind, size, step):
         close(pixels[:, ::step, ::step], g[f"{name}.{kind}"], 1e-5)
 
 
-def test_every_kind_of_picture_opens_as_the_rgb_it_shows(tmp_path):
+def test_every_kind_of_image_opens_as_the_rgb_it_shows(tmp_path):
     def opened(image, name, **options):
         image.save(tmp_path / name, **options)
         result = open_image(tmp_path / name)
@@ -61,7 +58,7 @@ def test_every_kind_of_picture_opens_as_the_rgb_it_shows(tmp_path):
     assert (opened(frames[0], "moving.gif", save_all=True, append_images=frames[1:]) == (255, 0, 0)).all()
 
 
-def test_every_damaged_picture_is_refused_by_name(tmp_path):
+def test_every_damaged_image_is_refused_by_name(tmp_path):
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -88,31 +85,48 @@ def test_every_damaged_picture_is_refused_by_name(tmp_path):
 # Prompts
 
 def test_prompts_have_the_published_t5_layout():
-    tokenizer = data.load_tokenizer(material("MENTOR_TOKENIZERS", "tokenizers") / "t5" / "tokenizer.json")
-    prompter = Prompter(tokenizer, patches=256, max_tokens=512)
-    assert prompter.image_id == 32100
-    ids, mask = prompter(data.subject_prompt(["dog"], "A dog in the snow."), 1)
+    tokenizer = weights.load_tokenizer(material("MENTOR_TOKENIZERS", "tokenizers") / "t5" / "tokenizer.json")
+    processor = Processor(tokenizer, patches=256, max_tokens=512)
+    assert processor.image_id == 32100
+    image = Image.new("RGB", (300, 200), "red")
+    prompt = data.prompt_for("subject", ["dog"], "A dog in the snow.")
+    sample = processor(prompt, [image])
+    ids, mask = sample["ids"], sample["mask"]
     valid = ids[mask].tolist()
     assert ids.shape == mask.shape == (512,) and not ids[~mask].any() and mask[:len(valid)].all()
     assert valid[3:259] == [32100] * 256 and valid.count(32100) == 256 and valid[-1] == 1 and valid.count(1) == 1
     assert [tokenizer.id_to_token(i) for i in valid[:3]] == ["▁The", "▁dog", "▁in"]
     assert tokenizer.decode(valid[259:]) == ". A dog in the snow."
+    assert sample["prompt"] == prompt and torch.equal(sample["refs"], data.clip_pixels(image, 224)[None])
     with pytest.raises(InputError, match="needs 5.. tokens .*prefix has 512"):
-        prompter(data.subject_prompt(["dog", "cat"], "Both."), 2)
+        processor(data.prompt_for("subject", ["dog", "cat"], "Both."), [image, image])
     with pytest.raises(InputError, match="1 <image> but 2 reference"):
-        prompter("only <image>", 2)
+        processor("only <image>", [image, image])
+
+
+def test_a_batch_stacks_its_samples_and_is_as_long_as_its_longest_prompt():
+    processor = Processor(weights.byte_tokenizer(), patches=4, max_tokens=64, image_size=CLIP)
+    red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
+    samples = [processor("<image> and <image>", [red, blue]), processor("none"), processor("<image>", [blue])]
+    batch = data.collate(samples)
+    longest = 4 + len(" and ") + 4 + 1                   # and the end of the text
+    assert batch["ids"].shape == batch["mask"].shape == (3, longest) and batch["refs"].shape == (3, 3, CLIP, CLIP)
+    assert torch.equal(batch["refs"][1], batch["refs"][2]) and torch.equal(batch["refs"][0], samples[0]["refs"][0])
+    assert batch["prompt"] == ["<image> and <image>", "none", "<image>"]
+    for i, sample in enumerate(samples):
+        assert torch.equal(batch["ids"][i], sample["ids"][:longest]) and batch["mask"][i].sum() == sample["mask"].sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training data
 
 class Maker:
-    """Paints pictures and masks into a folder and writes JSONL files there."""
+    """Paints images and masks into a folder and writes JSONL files there."""
 
     def __init__(self, path):
         self.path = path
 
-    def picture(self, name, seed=0, size=(40, 32)):
+    def image(self, name, seed=0, size=(40, 32)):
         colours = np.random.default_rng(seed).integers(40, 255, (4, 5, 3), dtype=np.uint8)
         Image.fromarray(colours).resize(size, Image.NEAREST).save(self.path / name)
         return name
@@ -129,18 +143,18 @@ class Maker:
         return str(self.path / name)
 
     def every_task(self, repeat=1):
-        """One row of each task, and a second multi row with ready pictures."""
-        pictures = [self.picture(f"{i}.png", i) for i in range(4)]
+        """One row of each task, and a second multi row with ready images."""
+        images = [self.image(f"{i}.png", i) for i in range(4)]
         masks = [self.mask("mask0.png"), self.mask("mask1.png", (0, 0, 30, 9))]
-        base = {"source_image": pictures[0], "input_text": "a scene"}
+        base = {"source_image": images[0], "input_text": "a scene"}
         return self.rows(*[
-            base | {"generation_only": True, "image_path": pictures[0]},
-            base | {"source_image": pictures[1], "objects": None},
+            base | {"generation_only": True, "image_path": images[0]},
+            base | {"source_image": images[1], "objects": None},
             base | {"image_path": masks[0], "objects": "cat", "do_mask": True},
             base | {"image_path": masks[0], "objects": "cat", "do_replace": True},
-            base | {"image_path": pictures[1], "objects": "cat"},
+            base | {"image_path": images[1], "objects": "cat"},
             base | {"image_path": masks, "objects": ["cat", "sky"]},
-            base | {"image_path": pictures[2:], "objects": ["cat", "sky"], "input_img_list": True},
+            base | {"image_path": images[2:], "objects": ["cat", "sky"], "input_img_list": True},
         ] * repeat)
 
 
@@ -149,9 +163,9 @@ def make(tmp_path):
     return Maker(tmp_path)
 
 
-def load(paths, weights=None, max_tokens=128, **options):
-    prompter = Prompter(byte_tokenizer(), patches=4, max_tokens=max_tokens)
-    return TaskData([paths] if isinstance(paths, str) else paths, prompter, SIZE, CLIP, weights, **options)
+def load(paths, mixture=None, max_tokens=128, **options):
+    processor = Processor(weights.byte_tokenizer(), patches=4, max_tokens=max_tokens, image_size=CLIP)
+    return TaskData([paths] if isinstance(paths, str) else paths, processor, SIZE, mixture, **options)
 
 
 def entries(dataset, task):
@@ -176,7 +190,7 @@ def test_every_task_has_its_published_prompt_references_and_target(make):
 
     def check(sample, prompt, refs, goal):
         assert sample["prompt"] == prompt and sample["name"].startswith(str(make.path / "train.jsonl:"))
-        assert sample["ids"][sample["mask"]].tolist().count(dataset.prompter.image_id) == 4 * len(sample["refs"])
+        assert sample["ids"][sample["mask"]].tolist().count(dataset.processor.image_id) == 4 * len(sample["refs"])
         assert torch.equal(sample["target"], target(goal))
         if refs is not None:
             assert torch.equal(sample["refs"], torch.stack([ref(r) for r in refs]) if refs else sample["refs"][:0])
@@ -205,11 +219,11 @@ def test_every_task_has_its_published_prompt_references_and_target(make):
     assert prompts == {"The image is <image>\na scene", "<image>\n"}
 
 
-def test_captions_and_lone_pictures_reread_the_same_rows(make):
+def test_captions_and_lone_images_reread_the_same_rows(make):
     dataset = load(make.every_task(), {"caption": 1})
     assert len(dataset) == 2
     for sample in entries(dataset, "caption"):
-        labels = dataset.prompter.tokenizer.encode("a scene").ids
+        labels = dataset.processor.tokenizer.encode("a scene").ids
         assert sample["prompt"] == "<image>" and len(sample["refs"]) == 1 and "target" not in sample
         assert sample["labels"].tolist() == labels + [-100] * (data.CAPTION_TOKENS - len(labels))
     dataset = load(make.every_task(), {"picture": None})
@@ -220,12 +234,12 @@ def test_captions_and_lone_pictures_reread_the_same_rows(make):
 
 
 def test_a_recovered_object_lies_whole_on_the_background_at_the_published_scales(make):
-    picture = Image.new("RGB", (60, 40), (250, 0, 0))
+    image = Image.new("RGB", (60, 40), (250, 0, 0))
     mask = np.zeros((40, 60), bool)
     mask[10:30, 20:50] = True
     sides, tilted = [], 0
     for seed in range(200):
-        frame = np.asarray(data.recovery_input(picture, mask, Image.new("RGB", (90, 70), (0, 0, 250)), 80,
+        frame = np.asarray(data.recovery_input(image, mask, Image.new("RGB", (90, 70), (0, 0, 250)), 80,
                                                np.random.default_rng(seed))).astype(int)
         assert frame.shape == (80, 80, 3) and (frame[..., 0] + frame[..., 2] >= 240).all()     # one or the other
         columns, rows = (np.flatnonzero((frame[..., 0] > 60).any(axis=axis)) for axis in (0, 1))
@@ -238,7 +252,7 @@ def test_a_recovered_object_lies_whole_on_the_background_at_the_published_scales
     assert 60 < tilted < 130                             # about half of them
 
 
-def test_recovery_stands_on_the_given_backgrounds_or_on_another_picture(make):
+def test_recovery_stands_on_the_given_backgrounds_or_on_another_image(make):
     train = make.every_task()
     Image.new("RGB", (50, 50), (0, 255, 0)).save(make.path / "green.png")
     backgrounds = make.rows({"input_image": "green.png"}, {"input_image": "gone.png"}, name="backgrounds.jsonl")
@@ -287,14 +301,14 @@ def test_samples_do_not_depend_on_workers_world_size_or_where_a_run_resumes(make
         return [parts[i] for i in range(len(parts))]
 
     whole = run()
-    assert len(whole) == 12 and len({name for batch in whole for name in batch["names"]}) == 7
-    assert any(batch["problems"] for batch in whole)
+    assert len(whole) == 12 and len({name for batch in whole for name in batch["name"]}) == 7
+    assert any(any(batch["problems"]) for batch in whole)
     expected = data.collate([load(path, seed=3)[k] for k in (2, 3)])
-    assert same(expected, whole[1]) and len(expected["refs"]) == sum(p.count("<image>") for p in expected["prompts"])
+    assert same(expected, whole[1]) and len(expected["refs"]) == sum(p.count("<image>") for p in expected["prompt"])
     for other in (run(workers=2), run(world=3), run(world=2, workers=1)):
         assert len(other) == 12 and all(map(same, whole, other))
     assert all(map(same, whole[7:], run(start=14))) and len(run(start=14)) == 5
-    assert [name for batch in run(micro=4) for name in batch["names"]] == [n for batch in whole for n in batch["names"]]
+    assert [name for batch in run(micro=4) for name in batch["name"]] == [n for batch in whole for n in batch["name"]]
 
 
 class Threads(torch.utils.data.Dataset):
@@ -305,14 +319,15 @@ class Threads(torch.utils.data.Dataset):
 
 def test_workers_compute_on_one_thread_and_spare_the_global_random_numbers():
     before = torch.get_rng_state()
-    assert {n for batch in batches(Threads(), 0, 4, 1, workers=2) for n in batch["problems"]} == {"1"}
+    numbers = [batch["problems"] for batch in batches(Threads(), 0, 4, 1, workers=2)]
+    assert numbers == [[["1"]]] * 4
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_every_damaged_row_is_skipped_and_named(make):
-    make.picture("good.png"), make.mask("good.mask.png")
+    make.image("good.png"), make.mask("good.mask.png")
     make.mask("empty.png", box=(0, 0, 0, 0)), make.mask("small.png", size=(20, 16), box=(0, 0, 9, 9))
-    make.picture("whole.jpg", size=(400, 320))
+    make.image("whole.jpg", size=(400, 320))
     (make.path / "cut.jpg").write_bytes((make.path / "whole.jpg").read_bytes()[:2000])
     good = {"source_image": "good.png", "image_path": "good.mask.png", "objects": "cat", "input_text": "a cat"}
     masked = good | {"do_mask": True}
@@ -344,96 +359,57 @@ def test_every_damaged_row_is_skipped_and_named(make):
     assert same(dataset[13], load(str(make.path / "train.jsonl"), {"segment": 1})[13])
 
 
-def test_too_many_problems_stop_the_run_and_few_are_logged_once(make):
-    log = []
-    problems = Problems(log.append)
-    for _ in range(3):
-        problems.add(["a.jsonl:7: gone"], seen=6)        # many of few do not stop it yet
-    assert log == ["skipped a.jsonl:7: gone"]
-    problems.add([], seen=62)                            # 3 of 80
-    problems.add(["a.jsonl:8: torn"], seen=0)            # 4 of 80 is 5 %
-    with pytest.raises(InputError, match="5 problems in 80 samples.*\na.jsonl:7: gone\na.jsonl:8: torn\na.jsonl:9: torn$"):
-        problems.add(["a.jsonl:9: torn"], seen=0)
-    hopeless = make.rows(*[{"source_image": f"gone{i}.png"} for i in range(3)])
-    for workers in (0, 1):
-        with pytest.raises(InputError) as caught:
-            list(batches(load(hopeless), 0, 2, 1, workers=workers))
-        assert str(caught.value).startswith("task reconstruct: ") and str(caught.value).count("gone") == 3
+def test_data_that_cannot_be_used_at_all_is_refused_by_name(make):
     with pytest.raises(InputError, match="no usable row; first problem: .*none.jsonl:1: not JSON"):
         load(make.rows("?", name="none.jsonl"))
     with pytest.raises(InputError, match="absent.jsonl: No such file"):
         load(str(make.path / "absent.jsonl"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
-
-def test_encoded_targets_stand_in_for_pixels_and_only_for_their_own_rows(make, monkeypatch, capsys):
-    train, weights, codes = make.every_task(), str(make.path / "tiny"), str(make.path / "codes")
-    with open(train, "a") as file:
-        file.write(json.dumps({"source_image": "gone.png"}) + "\n")
-    torch.manual_seed(0)
-    mentor = Mentor(TINY, byte_tokenizer()).eval()
-    mentor.save_pretrained(weights)
-    data.main(["encode", train, "--weights", weights, "--out", codes, "--workers", "0"])
-    assert "train.jsonl:8: " in capsys.readouterr().out
-    pixels, tokens = load(train), load(train, codes=codes)
-    for task in data.TASKS:
-        rows = pixels.entries[task][:-1] if task == "reconstruct" else pixels.entries[task]
-        for row, order in rows:
-            a, b = (d.sample(task, d.rows[row], order, np.random.default_rng(0), []) for d in (pixels, tokens))
-            assert "target" not in b and torch.equal(b["tokens"], mentor.vqgan.encode(a["target"][None])[0])
-    batch, = batches(tokens, 0, 8, 8)
-    assert batch["tokens"].shape == (8, (SIZE // TINY.vqgan.factor) ** 2) and batch["tokens"].dtype == torch.int64
-    make.path.joinpath("codes").rename(make.path / "moved")
-    with pytest.raises(InputError, match="no codes .*data.py encode"):
-        load(train, codes=codes)
-    codes = str(make.path / "moved")
-    with pytest.raises(InputError, match="pictures of 24 pixels, not 48"):
-        TaskData([train], tokens.prompter, 48, CLIP, codes=codes)
-    make.rows({"source_image": "1.png", "input_text": "other", "generation_only": True})
-    with pytest.raises(InputError, match="train.jsonl:1: .*no codes of this row"):
-        load(train, codes=codes)[0]
+def test_an_error_in_a_worker_arrives_as_the_sentence_it_is(make):
+    hopeless, messages = make.rows(*[{"source_image": f"gone{i}.png"} for i in range(3)]), []
+    for workers in (0, 1):
+        with pytest.raises(InputError) as caught:
+            list(batches(load(hopeless), 0, 2, 1, workers=workers))
+        assert str(caught.value).startswith("task reconstruct: ") and str(caught.value).count("gone") == 3
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "Traceback" not in messages[1] and "Error" not in messages[1] and 'File "' not in messages[1]
 
 
-def run(*command):
-    return subprocess.run([sys.executable, data.__file__, *command], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_image_placeholders_in_a_caption_are_removed_as_the_released_loader_does(make):
+    make.every_task()
+    base = {"source_image": "0.png", "input_text": "a <image>cat<image> sits"}
+    dataset = load(make.rows(
+        base | {"generation_only": True},
+        base | {"source_image": "1.png"},
+        base | {"image_path": "mask0.png", "objects": "cat", "do_replace": True},
+        base | {"image_path": "1.png", "objects": "cat", "swapped_text": "<image>a cat\n"},
+        base | {"image_path": ["mask0.png", "mask1.png"], "objects": ["cat", "sky"]}))
+    prompts = {task: [sample["prompt"] for sample in entries(dataset, task)] for task in dataset.tasks}
+    assert prompts["t2i"] == ["a cat sits"]
+    assert prompts["recover"] == ["The cat in <image>.\na cat sits"]
+    assert prompts["subject"] == ["The cat in <image>.\na cat sits", "The cat in <image>.\na cat\n"]
+    assert prompts["multi"] == ["The cat in <image>.\nThe sky in <image>.\na cat sits"]
+    seen = {dataset.sample("reconstruct", dataset.rows[1], 0, np.random.default_rng(seed), [])["prompt"]
+            for seed in range(9)}
+    assert seen == {"The image is <image>\na cat sits", "<image>\n"}
+    labels = entries(load(str(make.path / "train.jsonl"), {"caption": 1}), "caption")[0]["labels"]
+    assert labels[labels >= 0].tolist() == weights.byte_tokenizer().encode("a cat sits").ids
 
 
-def test_a_folder_of_pictures_becomes_training_data_that_look_shows(make):
-    pictures = make.path / "mine"
-    pictures.mkdir()
-    there = Maker(pictures)
-    for i in range(3):
-        there.picture(f"red_boot-{i:02}.png", i)
-    there.picture("vase.png", 9)
-    for name, caption in {"red_boot-00": "a boot on grass", "red_boot-01": "a boot in snow", "vase": "a vase"}.items():
-        (pictures / f"{name}.txt").write_text(caption + "\n")
-    there.mask("red_boot-00.mask.png")
-    out, sheet = str(make.path / "mine.jsonl"), str(make.path / "sheet.png")
-    result = run("folder", str(pictures), "--out", out)
-    assert result.returncode == 0 and "4 pictures, 2 subject(s)" in result.stdout
-    dataset = load(out)
-    assert dataset.counts == {"t2i": 3, "reconstruct": 4, "segment": 1, "recover": 1, "subject": 6}
-    prompts = {(sample["prompt"], flat(sample["target"])[0][0][0]) for sample in entries(dataset, "subject")}
-    text = {0: "a boot on grass", 1: "a boot in snow", 2: ""}
-    assert prompts == {(f"The red boot in <image>.\n{text[i]}",
-                        flat(data.target_pixels(open_image(pictures / f"red_boot-{i:02}.png"), SIZE))[0][0][0])
-                       for i in range(3)}
-    with open(out, "a") as file:
-        file.write(json.dumps({"source_image": "gone.png"}) + "\n")
-    result = run("look", out, "--out", sheet, "--n", "2", "--workers", "0")
-    assert result.returncode == 0 and "4 of 5 samples" in result.stdout and "1 problem" in result.stdout, result.stderr
-    assert "mine.jsonl:13: " in result.stdout and "Traceback" not in result.stderr
-    width, height = open_image(sheet).size
-    assert width > 4 * 144 and height > 5 * 144          # two samples of two pictures, five tasks
-
-
-def test_bad_input_on_the_command_line_is_one_sentence(make):
-    result = run("look", str(make.path / "gone.jsonl"))
-    assert result.returncode == 2 and result.stderr.startswith("data.py: error: ") and result.stderr.count("\n") == 1
-    for command in (["folder", str(make.path / "gone")], ["look", make.every_task(), "--out", "/no/such/place.png",
-                                                          "--workers", "0"]):
-        with pytest.raises(InputError, match="gone|/no/such/place.png"):
-            data.main(command)
+def test_a_list_of_input_images_keeps_the_placeholders_of_its_own_prompt(make):
+    make.every_task()
+    base = {"source_image": "0.png", "image_path": ["2.png", "3.png"], "objects": ["cat", "sky"], "input_img_list": True}
+    path = make.rows(base | {"input_text": "<image> under <image>, at night"}, base | {"input_text": "at night"},
+                     base | {"input_text": "only <image>"})
+    dataset = load(path)
+    own, template, wrong = dataset.rows
+    samples = [dataset.sample("multi", row, 0, np.random.default_rng(0), []) for row in (own, template)]
+    assert [sample["prompt"] for sample in samples] == [
+        "<image> under <image>, at night", "The cat in <image>.\nThe sky in <image>.\nat night"]
+    images = [data.clip_pixels(open_image(make.path / f"{i}.png"), CLIP) for i in (2, 3)]
+    for sample in samples:
+        assert torch.equal(sample["refs"], torch.stack(images))
+    with pytest.raises(InputError, match="1 <image> but 2 reference"):
+        dataset.sample("multi", wrong, 0, np.random.default_rng(0), [])

@@ -1,3 +1,4 @@
+"""The network as a whole: agreement with independent implementations, and what must hold whatever the weights."""
 import contextlib
 import shutil
 from dataclasses import replace
@@ -7,18 +8,21 @@ import torch
 from conftest import TINY, Golden, close, decoder_config, t5_config, vision_config
 from PIL import Image
 
+import cli
+import data
 import model as model_file
 import weights
-from data import InputError, byte_tokenizer
-from model import SIZES, Decoder, Mentor, MentorConfig, Prefix, Sampling, draw_tokens, left_pad, make_mask, size_config
+from cli import InputError
+from model import (SIZES, Decoder, Graphs, KVCache, Mentor, MentorConfig, Prefix, Sampling, compile_blocks, guide,
+                   left_pad, make_mask, sample_tokens)
 from vqgan import VQConfig
 
 
-def tiny(**changes):
+def tiny(t5_decoder=False, **changes):
     """A tiny model whose output layer is not zero, so that everything matters."""
     torch.manual_seed(0)
     config = replace(TINY, decoder=replace(TINY.decoder, **changes))
-    model = Mentor(config, byte_tokenizer()).eval()
+    model = Mentor(config, weights.byte_tokenizer(), t5_decoder).eval()
     for parameter in model.decoder.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -30,6 +34,18 @@ def random_prefix(valid, width=64):
     rows = max(valid)
     mask = torch.arange(rows)[None] >= rows - torch.tensor(valid)[:, None]
     return Prefix(torch.randn(len(valid), rows, width) * mask[..., None], mask, torch.zeros_like(mask))
+
+
+def text_batch(lengths=(8, 5), count=36):
+    """Prompts of so many tokens without images, and image tokens to teach."""
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return {"ids": torch.full(mask.shape, 9) * mask, "mask": mask, "refs": torch.empty(0, 3, 56, 56),
+            "tokens": torch.randint(64, (len(lengths), count))}
+
+
+def prompts(model, *samples):
+    """(prompt, images) each -> batch"""
+    return data.collate([model.processor(prompt, images) for prompt, images in samples])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +84,8 @@ def test_the_whole_network_agrees_with_the_golden_outputs():
     refs = g.noise("mentor-pixels", (2, 1, 3, side, side))[g["image_mask"]]
     ids, mask = g["input_ids"], g["attention_mask"].bool()
     close(model.encoder(ids, mask, refs), g["encoder_output"], 1e-4)
-    losses, logits = model(ids, mask, refs, g["tokens"])
+    losses = model({"ids": ids, "mask": mask, "refs": refs, "tokens": g["tokens"]})
+    logits = model.decoder(model.prefix(ids, mask, refs), g["tokens"][:, :-1], c["grid"])
     close(logits, g["logits"], 1e-4)
     close(losses.mean().view(1), g["loss"], 1e-5)
     tokens = model.generate(model.prefix(ids, mask, refs), [0, 1], Sampling(c["cfg_scale"], temperature=0))
@@ -78,10 +95,10 @@ def test_the_whole_network_agrees_with_the_golden_outputs():
 def test_the_sizes_table_gives_the_published_numbers_of_parameters():
     for size, millions in {"B": 111, "L": 343, "XL": 775, "XXL": 1400, "3B": 3100}.items():
         with torch.device("meta"):
-            decoder = Decoder(size_config(size).decoder)
+            decoder = Decoder(SIZES[size].decoder)
         counted = sum(p.numel() for p in decoder.parameters()) / 1e6
         assert abs(counted - millions) / millions < 0.02, (size, counted)
-        assert SIZES[size][2] % SIZES[size][1] == 0
+        assert SIZES[size].decoder.width % SIZES[size].decoder.heads == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,73 +118,101 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(prefix_rope):
     close(logits, full[:, 36], 1e-5)
 
 
+def windows_of(monkeypatch, stride):
+    """Lets the cache's window grow in steps of so many positions, whatever `stride` says."""
+    def window(cache):
+        return min(-(-(cache.length + 1) // stride) * stride, cache.total)
+    monkeypatch.setattr(KVCache, "window", property(window))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_the_fast_products_and_a_long_reach_draw_the_tokens_of_the_plain_loop(monkeypatch, batch):
+def test_the_fast_products_and_a_large_window_sample_the_tokens_of_the_plain_loop(monkeypatch, batch):
     model = tiny()
-    prefix, drawn = random_prefix([20, 9, 20, 14, 11][:batch]), []
-    for some, stride in ((0, 1), (model_file.SOME, 1), (model_file.SOME, 16)):
-        monkeypatch.setattr(model_file, "SOME", some)          # 0: the ordinary product everywhere
-        reach = property(lambda cache, stride=stride: min(-(-(cache.length + 1) // stride) * stride, cache.total))
-        monkeypatch.setattr(model_file.KVCache, "reach", reach)
+    weights.use_fast_products(model.decoder)
+    prefix, tokens = random_prefix([20, 9, 20, 14, 11][:batch]), []
+    for rows, stride in ((0, 1), (weights.LEFT_ROWS, 1), (weights.LEFT_ROWS, 16)):
+        monkeypatch.setattr(weights, "LEFT_ROWS", rows)        # 0: the ordinary product everywhere
+        windows_of(monkeypatch, stride)
         for sampling in (Sampling(3.0, 0, 64), Sampling(1.0, 1.0, 20, 0.9)):
-            drawn.append(model.generate(prefix, range(batch), sampling))
-    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[0], drawn[4])
-    assert torch.equal(drawn[1], drawn[3]) and torch.equal(drawn[1], drawn[5])
-    assert drawn[0].unique().numel() > 3
+            tokens.append(model.generate(prefix, range(batch), sampling))
+    assert torch.equal(tokens[0], tokens[2]) and torch.equal(tokens[0], tokens[4])
+    assert torch.equal(tokens[1], tokens[3]) and torch.equal(tokens[1], tokens[5])
+    assert tokens[0].unique().numel() > 3
 
 
 @pytest.mark.full
-def test_compiled_blocks_draw_the_tokens_of_the_plain_loop():
+def test_compiled_blocks_sample_the_tokens_of_the_plain_loop():
     if not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("there is no C++ compiler; install g++ to compile blocks on a CPU")
     model = tiny(multiple_of=2112)                             # so that both ways of summing are met
     prefix, sampling = random_prefix([20, 9]), Sampling(3.0, 0, 64)
     plain = model.generate(prefix, [0, 1], sampling)
-    model.decoder.compile_blocks()
+    weights.use_fast_products(model.decoder)
+    compile_blocks(model.decoder)
     assert torch.equal(model.generate(prefix, [0, 1], sampling), plain)
 
 
+class Graph:
+    """What a Device has recorded."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def replay(self):
+        self.device.replay(self)
+
+
+class Device:
+    """Stands in for CUDA: recording a step computes nothing, a replay computes it without Python's counting."""
+
+    def __init__(self, model, prefix):
+        self.decoder, self.graph, self.counts = model.decoder, None, {"plain": 0, "recorded": 0, "replayed": 0}
+        self.logits, self.cache, self.rope = model.decoder.prefill(prefix, 6)
+
+    def step(self, token, uniform):
+        """What is to be recorded: logits, and numbers that came in, of the device."""
+        output = self.decoder.decode_step(token, self.cache, self.rope) + uniform[:, None]
+        self.counts["plain"] += 1
+        if self.graph:
+            self.counts["plain"] -= 1
+            self.graph.inputs, self.graph.output, self.graph.window = (token, uniform), output, self.window
+        return output
+
+    def replay(self, graph):
+        length, self.counts["replayed"] = self.cache.length, self.counts["replayed"] + 1
+        assert self.cache.window == graph.window               # of what was recorded nothing can change
+        token, uniform = graph.inputs
+        graph.output.copy_(self.decoder.decode_step(token, self.cache, self.rope) + uniform[:, None])
+        self.cache.length = length
+
+    @contextlib.contextmanager
+    def record(self, graph):
+        memory = [self.cache.kv, self.cache.mask, self.cache.at]
+        before, self.graph, self.window = [tensor.clone() for tensor in memory], graph, self.cache.window
+        yield
+        for tensor, old in zip(memory, before):
+            tensor.copy_(old)
+        self.graph.output.fill_(float("nan"))                  # there is no result before a replay
+        self.graph, self.counts["recorded"] = None, self.counts["recorded"] + 1
+
+
 def test_steps_recorded_as_graphs_do_what_steps_do(monkeypatch):
-    """Stand-ins for CUDA graphs: recording computes nothing, a replay computes without Python's counting."""
     model = tiny()
-    prefix, tokens = random_prefix([20, 9]), torch.randint(64, (2, 36))
-    used = {"recorded": 0, "replayed": 0}
+    prefix, tokens, uniform = random_prefix([20, 9]), torch.randint(64, (2, 36)), torch.rand(2, 36)
 
-    def logits_of(make):
-        logits, cache, rope = model.decoder.prefill(prefix, 6)
-        out, place = torch.zeros(36, *logits.shape), torch.zeros(1, dtype=torch.long)
-        state = [cache.kv, cache.mask, cache.at, out, place]
+    def outputs_of(step):
+        return torch.stack([step(tokens[:, k], uniform[:, k]) for k in range(36)])
 
-        def step():
-            token = tokens.index_select(1, place).squeeze(1)
-            out.index_copy_(0, place, model.decoder.decode_step(token, cache, rope)[None])
-            place.add_(1)
+    plain = Device(model, prefix)
+    expected = outputs_of(plain.step)
 
-        class Graph:
-            def replay(self):
-                length, used["replayed"] = cache.length, used["replayed"] + 1
-                step()
-                cache.length = length
-
-        @contextlib.contextmanager
-        def record(graph):
-            before, used["recorded"] = [part.clone() for part in state], used["recorded"] + 1
-            yield
-            for part, old in zip(state, before):
-                part.copy_(old)
-
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", record)
-        run = make(step, cache)
-        for _ in range(36):
-            run()
-        return out
-
-    plain = logits_of(lambda step, cache: step)
-    monkeypatch.setattr(model_file.KVCache, "reach",
-                        property(lambda cache: min(-(-(cache.length + 1) // 16) * 16, cache.total)))
-    close(logits_of(model_file.Graphs), plain, 1e-5)
-    assert used == {"recorded": 3, "replayed": 33}             # three strides, each begun with a plain step
+    device = Device(model, prefix)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(device))
+    monkeypatch.setattr(torch.cuda, "graph", device.record)
+    windows_of(monkeypatch, 16)
+    close(outputs_of(Graphs(device.step, device.cache)), expected, 1e-5)
+    assert device.counts == {"plain": 3, "recorded": 3, "replayed": 33}    # three windows, each begun with a plain step
+    assert device.cache.length == plain.cache.length == 56 and device.cache.at == plain.cache.at
 
 
 def test_the_three_prefix_rotations_differ_in_what_they_compute():
@@ -189,7 +234,7 @@ def test_padding_of_the_prefix_changes_nothing():
     assert torch.equal(model.generate(padded, [3], sampling), model.generate(prefix, [3], sampling))
 
 
-def test_a_picture_depends_on_its_seed_and_prompt_but_not_on_its_batch():
+def test_an_image_depends_on_its_seed_and_prompt_but_not_on_its_batch():
     model = tiny()
     prefix = random_prefix([12, 5, 12])
     together = model.generate(prefix, [5, 6, 7])
@@ -211,14 +256,14 @@ def test_the_mask_is_causal_hides_padding_and_opens_the_diagonal():
     assert mask.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
 
 
-def test_draws_follow_temperature_top_k_and_top_p():
+def test_sampled_tokens_follow_temperature_top_k_and_top_p():
     probabilities = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     logits = probabilities.log().expand(20_000, 5)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
 
     def share(**changes):
         sampling = Sampling(**{"top_k": 5, **changes})
-        return torch.bincount(draw_tokens(logits, uniform, sampling), minlength=5) / 20_000
+        return torch.bincount(sample_tokens(logits, uniform, sampling), minlength=5) / 20_000
     close(share(), probabilities, 0.01)
     close(share(top_k=2), torch.tensor([0, 4, 0, 3, 0]) / 7, 0.01)
     close(share(top_p=0.65), torch.tensor([0, 4, 0, 3, 0]) / 7, 0.01)
@@ -235,23 +280,72 @@ def test_guidance_of_one_is_the_condition_alone():
     assert torch.equal(tokens, logits.argmax(-1))
 
 
+def test_guide_with_a_scale_of_one_is_the_condition_and_else_goes_away_from_the_unconditional():
+    cond, uncond = torch.randn(2, 3, 5)
+    assert guide(cond, 1) is cond and guide(cond, 1.0) is cond             # there is no unconditional half then
+    both = torch.cat([cond, uncond])
+    close(guide(both, 1 + 1e-6), cond, 1e-5)
+    close(guide(both, 0), uncond, 0)
+    close(guide(both, 3), uncond + 3 * (cond - uncond), 1e-6)
+    assert guide(both.half(), 3).dtype == torch.float32        # in fp16 the difference would lose its last digits
+
+
 @pytest.mark.gradients
 def test_dropped_conditions_train_the_unconditional_rows_and_nothing_else_does():
-    model = tiny().train()
-    ids, mask = torch.full((2, 8), 9), torch.arange(8)[None] < torch.tensor([[8], [5]])
-    tokens = torch.randint(64, (2, 36))
-    model(ids, mask, None, tokens, drop=torch.tensor([False, False]))[0].mean().backward()
+    model, batch = tiny().train(), text_batch()
+    model(batch | {"drop": torch.tensor([False, False])}).mean().backward()
     assert (model.projector.uncond.grad == 0).all()
-    model(ids, mask, None, tokens, drop=torch.tensor([False, True]))[0].mean().backward()
+    model(batch | {"drop": torch.tensor([False, True])}).mean().backward()
     touched = model.projector.uncond.grad.abs().sum(dim=1) > 0
     assert touched[-5:].all() and not touched[:-5].any()       # the rows at the end, under the sample's own mask
 
 
 @pytest.mark.gradients
+@pytest.mark.parametrize("frozen_clip", [False, True])
+def test_a_batch_without_images_gives_the_connector_gradients_of_zero_and_not_none(frozen_clip):
+    model = tiny().train()                                     # DDP waits for a gradient of everything that trains
+    model.encoder.clip.requires_grad_(not frozen_clip)
+    model(text_batch()).mean().backward()
+    for name, parameter in model.encoder.connector.named_parameters():
+        assert parameter.grad is not None and (parameter.grad == 0).all(), name
+    assert model.encoder.t5.embed.weight.grad.abs().sum() > 0
+
+
+def test_losses_are_the_cross_entropy_of_every_token_given_those_before_it():
+    model, batch = tiny(), text_batch()
+    losses, prefix = model(batch), model.prefix(batch["ids"], batch["mask"])
+    log_p = model.decoder(prefix, batch["tokens"][:, :-1], 6).log_softmax(dim=-1)
+    assert losses.shape == (2, 36)
+    close(losses, -log_p.gather(-1, batch["tokens"].unsqueeze(-1)).squeeze(-1), 1e-5)
+    changed = batch | {"tokens": torch.cat([batch["tokens"][:, :20], (batch["tokens"][:, 20:] + 1) % 64], dim=1)}
+    difference = (model(changed) - losses).abs().amax(dim=0)
+    assert difference[:20].max() < 1e-5 and difference[20:].min() > 1e-5
+
+
+def test_losses_of_target_pixels_are_those_of_their_tokens():
+    model, batch, pixels = tiny(), text_batch(), torch.rand(2, 3, 24, 24) * 2 - 1
+    batch["tokens"] = model.vqgan.encode(pixels)
+    by_pixels = {key: value for key, value in batch.items() if key != "tokens"} | {"target": pixels}
+    close(model(by_pixels), model(batch), 0)
+
+
+def test_a_batch_with_labels_gives_the_losses_of_captions():
+    model, image = tiny(t5_decoder=True), Image.effect_noise((60, 60), 80).convert("RGB")
+    batch = prompts(model, ("<image>", [image]), ("<image>", [image.rotate(90)]))
+    batch["labels"] = torch.tensor([[7, 8, 9, 1, -100], [5, 1, -100, -100, -100]])
+    losses = model(batch)
+    memory = model.encoder(batch["ids"], batch["mask"], batch["refs"])
+    close(losses, model.encoder.t5.caption_losses(memory, batch["mask"], batch["labels"]), 0)
+    assert losses.shape == (2, 5) and ((losses > 0) == (batch["labels"] >= 0)).all()
+    other = model(batch | {"refs": batch["refs"].flip(0)})
+    assert ((other - losses).abs() > 1e-6).sum() == 6          # the image matters to every label
+
+
+@pytest.mark.gradients
 def test_a_new_decoder_starts_at_the_uniform_distribution_with_its_published_spread():
-    model = Mentor(size_config("toy"), None)
-    tokens = torch.randint(1024, (1, 16))
-    losses, _ = model(torch.full((1, 4), 9), torch.ones(1, 4, dtype=torch.bool), None, tokens)
+    model = Mentor(SIZES["toy"])
+    losses = model({"ids": torch.full((1, 4), 9), "mask": torch.ones(1, 4, dtype=torch.bool), "refs": None,
+                    "tokens": torch.randint(1024, (1, 16))})
     close(losses.detach(), torch.full((1, 16), 1024.).log(), 1e-5)
     assert (model.decoder.output.weight == 0).all()
     assert abs(model.decoder.layers[0].attention.wqkv.weight.std().item() - 0.02) < 2e-3
@@ -259,36 +353,58 @@ def test_a_new_decoder_starts_at_the_uniform_distribution_with_its_published_spr
 
 def test_fp16_and_bf16_compute_and_fp16_spares_the_encoder():
     for dtype in (torch.bfloat16, torch.float16):
-        model = tiny().cast("cpu", dtype)
+        model = weights.place(tiny(), "cpu", dtype)
         tokens = model.generate(model.prefix(torch.full((1, 6), 9), torch.ones(1, 6, dtype=torch.bool)), [0])
-        assert tokens.shape == (1, 36) and model.dtype == dtype
+        assert tokens.shape == (1, 36) and model.decoder.output.weight.dtype == dtype
         assert model.encoder.t5.embed.weight.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
 
-def test_draw_makes_pictures_from_paths_and_pictures(tmp_path):
+def test_sample_makes_images_of_the_size_asked_for_from_a_prompt_and_references(tmp_path):
     model = tiny()
     photo = Image.effect_noise((90, 70), 80).convert("RGB")
     photo.save(tmp_path / "dog.png")
-    by_path = model.draw("in the snow", refs=[str(tmp_path / "dog.png")], seed=1)
-    by_picture = model.draw("The dog in <image>.\nin the snow", refs=[photo], seed=1)
-    assert by_path[0].size == (24, 24) and by_path[0].tobytes() == by_picture[0].tobytes()
-    pair = model.draw("The dog in <image>.\nin the snow", refs=[photo], seed=0, n=2)
-    assert pair[1].tobytes() == by_picture[0].tobytes()
-    assert model.draw("text to image", size=16)[0].size == (16, 16)
-    with pytest.raises(InputError, match="up to 24 pixels"):
-        model.draw("too large", size=512)
+    path, prompt = str(tmp_path / "dog.png"), "The dog in <image>.\nin the snow"
+    template = data.prompt_for("subject", [cli.subject_of(path)], "in the snow")
+    by_path = model.sample(prompts(model, (template, [data.open_image(path)])), [1])
+    by_image = model.sample(prompts(model, (prompt, [photo])), [1])
+    assert by_path.shape == (1, 3, 24, 24) and torch.equal(by_path, by_image)
+    pair = model.sample(prompts(model, (prompt, [photo])), [0, 1])
+    assert torch.equal(pair[1:], by_image) and not torch.equal(pair[:1], by_image)
+    text = prompts(model, ("text to image", []))
+    assert model.sample(text, [0], size=16).shape == (1, 3, 16, 16)
+    for size in (512, 18, -8):
+        with pytest.raises(InputError, match=f"up to 24 pixels a side, in steps of 4, not {size}"):
+            model.sample(text, [0], size=size)
+
+
+def test_sampling_each_prompt_several_times_equals_single_samples():
+    model, image = tiny(), Image.effect_noise((60, 60), 80).convert("RGB")
+    samples = [("a cat", []), ("The dog in <image>.\na dog in the snow", [image])]
+    together = model.sample(prompts(model, *samples), [4, 5, 6, 7, 8, 4])
+    single = [model.sample(prompts(model, samples[i // 3]), [seed]) for i, seed in enumerate([4, 5, 6, 7, 8, 4])]
+    assert torch.equal(together, torch.cat(single))
+    assert all((a != b).any() for i, a in enumerate(single) for b in single[:i])
 
 
 @pytest.mark.parametrize("wrong", [dict(top_k=0), dict(top_k=65), dict(top_p=0.0), dict(top_p=1.5),
                                    dict(temperature=-1.0), dict(cfg_scale=float("nan"))])
 def test_senseless_sampling_settings_are_refused(wrong):
-    with pytest.raises(InputError, match="must"):
-        tiny().draw("x", **wrong)
-
-
-def test_offloading_draws_the_same_picture_with_less_in_memory():
-    picture = Image.new("RGB", (40, 40), "red")
-    plain = tiny().draw("a cat", [picture], seed=3)[0]
     model = tiny()
-    assert model.draw("a cat", [picture], seed=3, offload=True)[0].tobytes() == plain.tobytes()
+    with pytest.raises(InputError, match="must"):
+        model.sample(prompts(model, ("x", [])), [0], replace(model.config.sampling, **wrong))
+
+
+def test_numbers_too_large_for_their_type_stop_the_sampling():
+    model = tiny()
+    model.decoder.output.weight[5] = float("inf")
+    with pytest.raises(InputError, match="not finite.*--dtype bf16 or fp32"):
+        model.sample(prompts(model, ("x", [])), [0])
+
+
+def test_offloading_samples_the_same_image_with_less_in_memory():
+    samples = [("The cat in <image>.\na cat", [Image.new("RGB", (40, 40), "red")])]
+    model = tiny()
+    plain = model.sample(prompts(model, *samples), [3])
+    model = weights.place(tiny(), "cpu", torch.float32, offload=True)
+    assert torch.equal(model.sample(prompts(model, *samples), [3], offload=True), plain)
     assert all(p.is_meta for p in model.encoder.parameters())

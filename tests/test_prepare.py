@@ -14,7 +14,8 @@ from PIL import Image
 import data
 import prepare
 import weights
-from data import InputError, TaskData, batches, open_image
+from cli import InputError
+from data import TaskData, batches, open_image
 
 SIZE, CLIP = 24, 28          # pixels a side of targets and references in these tests
 ROOT = pathlib.Path(prepare.__file__).parent
@@ -55,9 +56,9 @@ def every_task(folder):
     ])
 
 
-def load(path, size=SIZE, **options):
+def load(path, **options):
     processor = data.Processor(weights.byte_tokenizer(), patches=4, max_tokens=128, image_size=CLIP)
-    return TaskData([path], processor, size, **options)
+    return TaskData([path], processor, SIZE, **options)
 
 
 def sample(dataset, task, row, swapped):
@@ -85,7 +86,7 @@ def encoded(tmp_path, capsys):
 def test_encoded_targets_stand_in_for_pixels(encoded):
     train, codes, printed, mentor = encoded
     assert "train.jsonl:8: " in printed
-    pixels, tokens = load(train), load(train, codes=codes)
+    pixels, tokens = load(train), load(train, codes=weights.Codes(codes, mentor.vqgan, SIZE))
     for task in data.TASKS:
         entries = pixels.entries[task][:-1] if task == "reconstruct" else pixels.entries[task]
         for entry in entries:
@@ -95,17 +96,20 @@ def test_encoded_targets_stand_in_for_pixels(encoded):
     assert batch["tokens"].shape == (8, (SIZE // TINY.vqgan.factor) ** 2) and batch["tokens"].dtype == torch.int64
 
 
-def test_codes_serve_only_their_own_rows_and_size(encoded, tmp_path):
-    train, codes, _, _ = encoded
+def test_codes_serve_only_their_own_rows_size_and_vqgan(encoded, tmp_path):
+    train, codes, _, mentor = encoded
     os.rename(codes, tmp_path / "moved")
     with pytest.raises(InputError, match="no codes .*prepare.py encode"):
-        load(train, codes=codes)
+        weights.Codes(codes, mentor.vqgan, SIZE)
     codes = str(tmp_path / "moved")
     with pytest.raises(InputError, match="pictures of 24 pixels, not 48"):
-        load(train, size=48, codes=codes)
+        weights.Codes(codes, mentor.vqgan, 48)
+    other = weights.random_model(TINY, weights.byte_tokenizer(), seed=1)
+    with pytest.raises(InputError, match="another VQGAN"):
+        weights.Codes(codes, other.vqgan, SIZE)
     write_rows(tmp_path / "train.jsonl", [{"source_image": "1.png", "input_text": "other", "generation_only": True}])
     with pytest.raises(InputError, match="train.jsonl:1: .*no codes of this row"):
-        load(train, codes=codes)[0]
+        load(train, codes=weights.Codes(codes, mentor.vqgan, SIZE))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import data
+import prepare
 import train
 import weights
-from data import InputError, byte_tokenizer
+from cli import InputError
 from model import Mentor, MentorConfig
+from world.train import main as train_small_model
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.gradients
@@ -27,7 +30,7 @@ STAGES = list(train.STAGES)
 
 
 def write_data(folder, pictures=6, side=48):
-    """Pictures with captions and elliptic masks, as `data.py folder` reads them, and one row of two objects."""
+    """Images with captions and elliptic masks, as `prepare.py folder` reads them, and one row of two objects."""
     folder.mkdir()
     for i in range(pictures):
         stem = f"{('cat', 'dog', 'hat')[i % 3]}-{i:02}"
@@ -36,7 +39,7 @@ def write_data(folder, pictures=6, side=48):
         mask = Image.new("L", (side, side))
         ImageDraw.Draw(mask).ellipse((8, 8, side - 12, side - 8), fill=255)
         mask.save(folder / f"{stem}.mask.png")
-    data.main(["folder", str(folder)])
+    prepare.main(["folder", str(folder)])
     with open(folder / "data.jsonl", "a") as file:
         file.write(json.dumps({"input_text": "both", "source_image": "cat-00.png", "objects": ["cat", "hat"],
                                "image_path": ["cat-00.mask.png"] * 2}) + "\n")
@@ -48,11 +51,11 @@ def world(tmp_path_factory):
     """-> (folder of a tiny model with all of T5, JSONL)"""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    model = Mentor(NO_DROPOUT, byte_tokenizer(), t5_decoder=True)
+    model = Mentor(NO_DROPOUT, weights.byte_tokenizer(), t5_decoder=True)
     with torch.no_grad():
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02)
         model.vqgan.quantize.embedding.weight.normal_()
-    model.save_pretrained(folder / "init")
+    weights.save(model, folder / "init")
     return str(folder / "init"), write_data(folder / "data")
 
 
@@ -61,13 +64,13 @@ def command(world, out, *flags, stage="2", steps=3, batch=4):
             "--global-batch", str(batch), "--workers", "0", "--device", "cpu", *map(str, flags)]
 
 
-def run(arguments, processes=1):
+def run(arguments, processes=1, cwd=ROOT):
     """train.py in a process of its own, or under torchrun in several."""
     launcher = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
         "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, "train.py", *arguments], cwd=ROOT, env=environment, text=True,
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *arguments], cwd=cwd, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -106,51 +109,24 @@ def test_the_schedule_counts_optimizer_steps_up_to_the_peak_and_down_to_a_tenth(
 
 def test_only_matrices_decay():
     objective = torch.nn.ModuleDict({"linear": torch.nn.Linear(3, 3), "norm": torch.nn.LayerNorm(3)})
-    groups = train.make_optimizer(objective, 1e-3).param_groups
+    optimizer, = train.make_optimizers(objective, train.STAGES["2"])
+    groups = optimizer.param_groups
     assert [(p.dim(), g["weight_decay"]) for g in groups for p in g["params"]] == [(2, 0.05)] + [(1, 0.0)] * 3
-    assert groups[0]["betas"] == (0.9, 0.95)
-
-
-def test_muon_moves_matrices_along_all_their_directions_alike_and_leaves_the_rest_to_adamw():
-    torch.manual_seed(0)
-    u, _, v = torch.linalg.svd(torch.randn(48, 20), full_matrices=False)
-    matrix = u @ torch.diag(torch.logspace(0, -1.5, 20)) @ v
-    for m in (matrix, matrix.T):
-        found = train.orthogonal(m)
-        values = torch.linalg.svdvals(found)
-        assert found.shape == m.shape and 0.6 < values.min() and values.max() < 1.3
-    across = u.T @ train.orthogonal(matrix) @ v.T              # the directions themselves are kept
-    assert (across - across.diag().diag()).abs().max() < 1e-4
-
-    objective = train.TokenObjective(Mentor(TINY), None)
-    optimizer = train.make_optimizer(objective, 1e-3, muon=True)
-    for p in objective.parameters():
-        p.grad = torch.randn_like(p)
-    before = {name: p.detach().clone() for name, p in objective.mentor.named_parameters()}
-    optimizer.step()
-    kinds = {name: set(optimizer.state[p]) for name, p in objective.mentor.named_parameters()}
-    for name in ("decoder.layers.0.feed_forward.w1.weight", "encoder.connector.0.weight"):
-        assert "momentum" in kinds[name]
-    for name in ("decoder.output.weight", "decoder.tok_embeddings.weight", "decoder.norm.weight"):
-        assert "exp_avg" in kinds[name]
-    assert all((before[name] != p).any() for name, p in objective.mentor.named_parameters())
+    assert groups[0]["betas"] == (0.9, 0.95) and groups[0]["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--without", "multi"], "stage 2 has no such task"),
     (["--without", "t2i", "--without", "segment", "--without", "recover", "--without", "subject"], "no task"),
     (["--global-batch", "6", "--micro-batch", "4"], "--global-batch 6 is no multiple of --micro-batch 4 x 1 ranks"),
-    (["--model", "B"], "--model is for --init random"),
-    (["--model", "tiny", "--stage", "rope"], "--model tiny has no stage rope"),
-    (["--stage", "pretrain"], "stage pretrain is for --model tiny; add that"),
-    (["--model", "tiny", "--stage", "pretrain", "--init", "random", "--size", "48"], "take a multiple of 32"),
-    (["--fsdp", "--stage", "vqgan"], "--fsdp is for the large parts"),
+    (["--stage", "pretrain"], "argument --stage: invalid choice: 'pretrain'"),
     (["--size", "40"], "up to 24 pixels"),
-    (["--steps", "0"], "--steps is 0 but must be above 0"),
-    (["--lr", "nan"], "--lr is nan but must be above 0"),
-    (["--workers", "-1"], "--workers is -1 but must be 0 or more"),
+    (["--steps", "0"], "argument --steps: must be a whole number above 0, not 0"),
+    (["--lr", "nan"], "argument --lr: must be above 0, not nan"),
+    (["--workers", "-1"], "argument --workers: must be a whole number, 0 or above, not -1"),
     (["--resume"], "holds no checkpoint to resume from"),
-    (["--device", "cuda"], "no CUDA here"),
+    (["--device", "cuda"], "--device cuda does not work here"),
+    (["--init", "out/nowhere/1"], "out/nowhere/1"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
 def test_impossible_runs_are_refused_in_one_sentence(world, tmp_path, flags, said):
     if "cuda" in flags and torch.cuda.is_available():
@@ -160,9 +136,86 @@ def test_impossible_runs_are_refused_in_one_sentence(world, tmp_path, flags, sai
 
 
 def test_every_help_text_runs():
-    for script in ("train.py", "sample.py", "data.py", "weights.py"):
-        result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 0 and "usage" in result.stdout
+    commands = [[f"{name}.py"] for name in ("train", "sample", "prepare", "weights", "eval", "bench")]
+    commands += [["-m", f"world.{name}"] for name in ("rows", "train", "evaluate")]
+    for command in commands:
+        result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0 and "usage" in result.stdout, (command, result.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a stage starts from, and its data, where no flag says so
+
+def test_data_lies_in_a_folder_of_the_stage_or_in_data_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "2").mkdir(parents=True)
+    for name in ("2/a.jsonl", "2/b.jsonl", "2/val-a.jsonl", "2/backgrounds.jsonl", "c.jsonl", "val.jsonl"):
+        (tmp_path / "data" / name).write_text("{}")
+
+    def found(*flags):
+        args, stage, example = train.parse(["--stage", *flags])
+        assert not example
+        return args.data, args.val, args.backgrounds, stage.init, args.out
+
+    assert found("2") == (["data/2/a.jsonl", "data/2/b.jsonl"], ["data/2/val-a.jsonl"], ["data/2/backgrounds.jsonl"],
+                          "out/mentor/1", "out/mentor/2")
+    assert found("1") == (["data/c.jsonl"], ["data/val.jsonl"], [], "out/mentor/connector", "out/mentor/1")
+    assert found("2", "--data", "mine.jsonl")[:3] == (["mine.jsonl"], None, None)
+    assert found("2", "--val", "mine.jsonl")[1] == ["mine.jsonl"]
+    assert [train.STAGES[stage].init for stage in ("rope", "connector", "multi")] == [
+        "llamagen", "generator", "out/mentor/2"]
+    (tmp_path / "data" / "c.jsonl").unlink()
+    with pytest.raises(InputError, match="nothing to learn from; put JSON lines into data/1/ or data/"):
+        train.main(["--stage", "1"])
+
+
+def test_weights_that_a_stage_starts_from_are_named_with_the_command_that_makes_them(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for stage, said in (("2", "stage 2 starts from out/mentor/1, which is not there; make it by `python train.py --stage "
+                              "1`, or name other weights by --init"),
+                        ("connector", "stage connector starts from generator, which `python weights.py convert generator "
+                                      "out/generator` fetches")):
+        with pytest.raises(InputError) as error:
+            train.main(["--stage", stage, "--data", world[1], "--workers", "0"])
+        assert said in str(error.value)
+
+
+def test_an_untrained_connector_that_stays_as_it_is_is_refused_unless_no_image_passes_it(world, tmp_path):
+    model = weights.load(world[0])
+    model.config = replace(model.config, untrained=("encoder.connector",))
+    weights.save(model, tmp_path / "start")
+    start = ["--init", str(tmp_path / "start")]
+    with pytest.raises(InputError, match="no trained connector, and stage 1 leaves it as it is.*--stage connector"):
+        train.main([*command(world, tmp_path / "1", stage="1", steps=1), *start])
+    train.main([*command(world, tmp_path / "rope", stage="rope", steps=1), *start])
+    assert weights.load(tmp_path / "rope").config.untrained == ("encoder.connector",)
+
+
+def test_a_used_folder_is_refused_in_one_sentence(world, tmp_path):
+    train.main(command(world, tmp_path, steps=1))
+    with pytest.raises(InputError, match="holds another run; go on with it by --resume, or choose another --out"):
+        train.main(command(world, tmp_path, steps=1))
+    assert len(weights.checkpoints(tmp_path)) == 1 and len(losses(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_without_data_stage_2_is_an_example_from_rows_to_a_checkpoint_that_samples(tmp_path, processes):
+    flags = ["--stage", "2", "--steps", "2", "--workers", "0", "--device", "cpu"]
+    for _ in range(2):                                         # the second run takes the place of the first
+        output = finish(run(flags, processes, cwd=tmp_path))
+        assert output.count("there is no data/: fine-tuning the small bundled model") == 1
+    out = tmp_path / "out" / "example" / "2"
+    assert len(losses(out)) == 2 and set(log(out)[1]["val"]) == set(train.STAGES["2"].tasks)
+    mentor = weights.load(out)
+    batch = data.collate([mentor.processor("a dog face in the snow")])
+    assert mentor.sample(batch, [0]).shape == (1, 3, 64, 64)
+    assert not (tmp_path / "out" / "mentor").exists()
+
+
+def test_under_torchrun_a_mistake_is_said_once(tmp_path):
+    output = finish(run(["--stage", "1"], processes=4, cwd=tmp_path), code=1)
+    assert output.count("there is nothing to learn from") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,18 +237,9 @@ def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(wor
     assert (tmp_path / "loss.png").exists()
     if stage != "connector":
         assert Image.open(tmp_path / "samples-00000004.png").size[0] > 200
-    assert weights.load(tmp_path).draw("a cat", refs=[Image.new("RGB", (30, 30))])[0].size == (24, 24)
-
-
-def test_the_tokenizer_takes_a_perceptual_loss_and_does_without_a_discriminator(world, tmp_path):
-    from test_vqgan import lpips_files
-    paths = [str(tmp_path / name) for name in ("vgg.pth", "heads.pth")]
-    for path, tensors in zip(paths, lpips_files()):
-        torch.save(tensors, path)
-    for name, flags in {"plain": [], "lpips": ["--lpips", *paths]}.items():
-        train.main([*command(world, tmp_path / name, "--adversarial", 0, stage="vqgan", steps=1), *flags])
-    assert losses(tmp_path / "lpips")[0] > losses(tmp_path / "plain")[0]
-    assert not [key for key in load_file(tmp_path / "plain/step-00000001/training.safetensors") if "discr" in key]
+    mentor = weights.load(tmp_path)
+    batch = data.collate([mentor.processor("The cat in <image>.", [Image.new("RGB", (30, 30))])])
+    assert mentor.sample(batch, [0]).shape == (1, 3, 24, 24)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -204,86 +248,7 @@ def test_each_stage_runs_on_two_processes(world, tmp_path, stage):
     assert len(losses(tmp_path)) == 1 and (tmp_path / "model.safetensors").exists()
 
 
-def test_the_small_model_trains_stage_after_stage_from_nothing_on_painted_pictures(tmp_path, monkeypatch):
-    flags = ["--model", "tiny", "--steps", "3", "--global-batch", "4", "--workers", "0", "--device", "cpu"]
-    monkeypatch.chdir(tmp_path)                                # each stage starts from the one before in out/tiny
-    monkeypatch.setattr(train, "VAL_SAMPLES", 4)
-    for stage in train.TINY:
-        train.main(["--stage", stage, *flags])
-    model = weights.load("out/tiny/2")
-    assert model.draw("a dog face in the snow", refs=[Image.new("RGB", (64, 64))])[0].size == (64, 64)
-    assert model.config.decoder.prefix_rope == "grid" and len(log("out/tiny/2")) == 3
-    finish(run(["--stage", "pretrain", *flags, "--init", str(tmp_path / "out/tiny/vqgan"), "--out",
-                str(tmp_path / "two"), "--micro-batch", "1"], processes=2))
-    train.main(["--stage", "pretrain", *flags, "--out", "one", "--micro-batch", "1"])
-    np.testing.assert_allclose(losses("one"), losses(tmp_path / "two"), rtol=1e-4)
-
-
-@pytest.mark.full
-def test_a_new_tokenizer_learns_the_same_on_two_processes_before_and_after_its_codes_are_placed(tmp_path):
-    flags = ["--stage", "vqgan", "--model", "tiny", "--init", "random", "--steps", "101", "--global-batch", "2",
-             "--micro-batch", "1", "--size", "16", "--workers", "0", "--device", "cpu"]   # 3 steps do not quantize
-    finish(run([*flags, "--out", str(tmp_path / "two")], processes=2))
-    train.main([*flags, "--out", str(tmp_path / "one")])
-    np.testing.assert_allclose(losses(tmp_path / "one")[:10], losses(tmp_path / "two")[:10], rtol=1e-3)
-    assert len(losses(tmp_path / "two")) == 101
-
-
-def test_naming_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
-    # 2 x 2 patches over 4 x 4 tokens
-    model = Mentor(replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16))
-    objective = train.PretrainObjective(model, None)
-    tokens = torch.arange(16).view(1, 16)
-    prefix = model.prefix(torch.full((1, 4), TINY.image_id), torch.ones(1, 4, dtype=torch.bool),
-                          torch.randn(1, 3, 56, 56))
-    wanted = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
-    codes = torch.nn.functional.normalize(model.vqgan.quantize.embedding.weight, dim=-1)
-    objective.head.forward = lambda rows: codes[wanted].flatten(1)                            # (P, 4 * e), certain
-    objective.sharpness.data.fill_(5000.0)
-    assert objective.naming(prefix, tokens) < 1e-6
-    assert (objective.naming(prefix, tokens.flip(1)) > 1000).all()
-
-
-@pytest.mark.gradients
-def test_pretraining_names_tokens_where_they_are_aligned_and_writes_them_where_they_are_not():
-    model = Mentor(replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16)).eval()
-    torch.nn.init.normal_(model.decoder.output.weight)         # zero at first, which would see no difference
-    objective = train.PretrainObjective(model, None).eval()
-    ids = torch.tensor([[TINY.image_id] * 4 + [7, 8], [7, 8, 9, 0, 0, 0], [TINY.image_id] * 4 + [9, 0]])
-    batch = {"ids": ids, "mask": ids > 0, "refs": torch.randn(2, 3, 56, 56), "tokens": torch.randint(64, (3, 16)),
-             "tasks": ["segment", "t2i", "reconstruct"]}
-    alone = train.TokenObjective(model, None)({**batch, "ids": ids[1:2, :3], "mask": ids[1:2, :3] > 0,
-                                               "refs": None, "tokens": batch["tokens"][1:2]})
-    losses = objective(batch)
-    prefix = model.prefix(ids[1:2, :3], ids[1:2, :3] > 0)
-    sketch = objective.sketching(prefix, model.vqgan.decode(batch["tokens"][1:2]))            # the caption's picture
-    torch.testing.assert_close(losses[1:2], alone + sketch)
-    assert objective.sketching(prefix, objective.sketch(prefix.rows[:, -1]).view(1, 3, 8, 8)) < 1e-9
-    losses[[0, 2]].sum().backward()
-    assert model.encoder.clip.patch_embed.weight.grad.abs().sum() > 0
-    assert model.decoder.tok_embeddings.weight.grad.abs().sum() == 0      # there, lest other ranks wait for it
-    dropped = objective({**batch, "drop": torch.ones(3, dtype=torch.bool)})
-    torch.testing.assert_close(dropped[[0, 2]], losses[[0, 2]])           # naming nothing would teach nothing
-    assert (dropped[1] - losses[1]).abs() > 0
-
-
-def test_pretraining_blanks_what_was_written_in_half_of_the_samples_by_the_sample_alone():
-    tokens = torch.randint(64, (400, 16), generator=torch.Generator().manual_seed(0))
-    hidden = train.PretrainObjective.hidden(tokens)
-    share = hidden.float().mean(dim=1)
-    assert hidden.shape == (400, 15) and 0.4 < (share > 0).float().mean() < 0.6
-    assert 0.03 < (share == 1).float().mean() < 0.2 and ((share > 0) & (share < 1)).sum() > 100
-    assert torch.equal(train.PretrainObjective.hidden(tokens[200:]), hidden[200:])
-    objective = train.PretrainObjective(Mentor(replace(TINY, image_size=16)), None)
-    prefix = objective.mentor.prefix(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.bool))
-    torch.nn.init.normal_(objective.mentor.decoder.output.weight)
-    objective.mentor.eval()
-    objective.hidden = lambda tokens: torch.ones(1, 15, dtype=torch.bool)
-    objective.writing(prefix, tokens[:1]).sum().backward()
-    assert objective.mentor.decoder.tok_embeddings.weight.grad.abs().sum() == 0 and objective.blank.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("stage", ["1", "connector", "vqgan"])
+@pytest.mark.parametrize("stage", ["1", "connector"])
 def test_accumulating_4_x_1_equals_1_x_4(world, tmp_path, stage):
     for micro in (1, 4):
         train.main(command(world, tmp_path / str(micro), "--micro-batch", micro, stage=stage))
@@ -291,13 +256,9 @@ def test_accumulating_4_x_1_equals_1_x_4(world, tmp_path, stage):
     assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
 
 
-MUON = ["--model", "tiny", "--init", "random"]                 # the stages of the small model train with it
-
-
-@pytest.mark.parametrize("start", [[], MUON])
 @pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
-def test_two_processes_equal_one_on_the_same_global_batch(world, tmp_path, fsdp, start):
-    flags = ["--micro-batch", 1, "--val", world[1], "--sample-every", 2, *start]
+def test_two_processes_equal_one_on_the_same_global_batch(world, tmp_path, fsdp):
+    flags = ["--micro-batch", 1, "--val", world[1], "--sample-every", 2]
     finish(run(command(world, tmp_path / "two", *flags, fsdp), processes=2))
     train.main(command(world, tmp_path / "one", *flags))
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
@@ -320,7 +281,7 @@ def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(world, tmp_path
         return command(world, out, "--micro-batch", 1, "--save-every", 4, fsdp, *more, stage="1", steps=14, batch=8)
     finish(run(arguments(tmp_path / "whole"), processes))
     process = run(arguments(tmp_path / "cut"), processes)
-    while not train.checkpoints(tmp_path / "cut"):
+    while not weights.checkpoints(tmp_path / "cut"):
         time.sleep(0.01)
         assert process.poll() is None, process.communicate()[0][-2000:]
     subprocess.run(["pkill", "-9", "-P", str(process.pid)])    # the workers first
@@ -332,15 +293,13 @@ def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(world, tmp_path
     assert_same_weights(tmp_path / "cut", tmp_path / "whole", 0)
 
 
-def test_resuming_with_dropout_muon_the_tokenizer_and_its_critic_is_exact_too(world, tmp_path):
-    for stage, init in (("vqgan", []), ("2", ["--init", "random", "--size", "32"]), ("1", MUON)):
+def test_resuming_with_dropout_is_exact_too(world, tmp_path):
+    for stage, init in (("2", ["--init", "random", "--size", "32"]), ("connector", [])):
         whole, cut = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-cut"
         train.main([*command(world, whole, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
         train.main([*command(world, cut, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
         for late in ("step-00000004", "step-00000006"):
-            for file in (cut / late).iterdir():
-                file.unlink()
-            (cut / late).rmdir()
+            shutil.rmtree(cut / late)
         train.main([*command(world, cut, "--resume", stage=stage, steps=6), *init])
         assert losses(cut) == losses(whole)
         assert_same_weights(cut, whole, 0)
@@ -350,7 +309,7 @@ def test_resuming_with_dropout_muon_the_tokenizer_and_its_critic_is_exact_too(wo
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_path, file, capsys):
     train.main(command(world, tmp_path, "--save-every", 1, steps=3))
     before = losses(tmp_path)
-    newest = train.checkpoints(tmp_path)[0] + "/" + file
+    newest = weights.checkpoints(tmp_path)[0] + "/" + file
     os.replace(newest, newest + ".whole")
     content = pathlib.Path(newest + ".whole").read_bytes()
     pathlib.Path(newest).write_bytes(content[:len(content) // 2])
@@ -364,7 +323,10 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_pat
 def test_a_resumed_run_must_be_the_same_run(world, tmp_path):
     train.main(command(world, tmp_path, steps=2))
     for flag, value, said in (("--seed", 5, "seed 0, not 5"), ("--init", "random", "init .*, not random"),
-                              ("--prefix-rope", "zero", "prefix_rope identity, not zero")):
+                              ("--prefix-rope", "zero", "prefix_rope identity, not zero"),
+                              ("--prefix-tokens", 200, "prefix_tokens 512, not 200"),
+                              ("--lr", 1e-3, "lr 0.0001, not 0.001"), ("--without", "t2i", "tasks "),
+                              ("--data", world[1], "data ")):
         with pytest.raises(InputError, match=f"started with {said}"):
             train.main(command(world, tmp_path, "--resume", flag, value, steps=2))
 
@@ -379,32 +341,31 @@ def test_data_to_validate_on_must_serve_the_stage(world, tmp_path):
 def test_training_a_connector_makes_references_welcome(world, tmp_path):
     model = weights.load(world[0])
     model.config = replace(model.config, untrained=("encoder.connector",))
-    model.save_pretrained(tmp_path / "start")
-    for stage, left in (("1", ("encoder.connector",)), ("2", ())):
-        train.main([*command(world, tmp_path / stage, stage=stage, steps=1), "--init", str(tmp_path / "start")])
-        assert weights.load(tmp_path / stage).config.untrained == left
+    weights.save(model, tmp_path / "start")
+    train.main([*command(world, tmp_path / "2", stage="2", steps=1), "--init", str(tmp_path / "start")])
+    assert weights.load(tmp_path / "2").config.untrained == ()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_before_leaving_and_the_newest_checkpoints_are_kept(world, tmp_path, processes):
     process = run(command(world, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=400, batch=8),
                   processes)
-    while len(train.checkpoints(tmp_path)) < 2:
+    while len(weights.checkpoints(tmp_path)) < 2:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    last = int(train.checkpoints(tmp_path)[0][-8:])
+    last = int(weights.checkpoints(tmp_path)[0][-8:])
     assert last == log(tmp_path)[-1]["step"] < 400 and f"stopped after step {last} of 400" in output
-    assert len(train.checkpoints(tmp_path)) == 2
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+    assert len(weights.checkpoints(tmp_path)) == 2
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_its_samples_and_a_saved_state(world, tmp_path):
     model = weights.load(world[0])
     with torch.no_grad():
         model.decoder.norm.weight[0] = float("inf")
-    model.save_pretrained(tmp_path / "broken")
+    weights.save(model, tmp_path / "broken")
     with pytest.raises(InputError, match="step 0: the loss is nan.*data.jsonl:"):
         train.main([*command(world, tmp_path / "out"), "--init", str(tmp_path / "broken")])
     assert (tmp_path / "out" / "nonfinite-step-0" / "model.safetensors").exists()
@@ -419,19 +380,19 @@ def test_damaged_samples_are_skipped_and_named_and_too_many_stop_the_run(world, 
     assert f"data.jsonl:{len(good.splitlines()) + 2}" in printed.out + printed.err
     for picture in (tmp_path / "data").glob("*.png"):
         picture.write_bytes(b"damaged")
-    with pytest.raises(InputError, match="mend the data"):
+    with pytest.raises(InputError, match="fix the data"):
         train.main(["--stage", "1", "--init", world[0], "--data", str(jsonl), "--out", str(tmp_path / "none"),
                     "--steps", "9", "--global-batch", "4", "--workers", "0"])
 
 
 def test_tokens_encoded_ahead_train_exactly_as_pictures_do(world, tmp_path):
-    data.main(["encode", world[1], "--weights", world[0], "--out", str(tmp_path / "codes"), "--workers", "0"])
+    prepare.main(["encode", world[1], "--weights", world[0], "--out", str(tmp_path / "codes"), "--workers", "0"])
     train.main(command(world, tmp_path / "pictures"))
     train.main(command(world, tmp_path / "tokens", "--codes", tmp_path / "codes", "--sample-every", 3))
     np.testing.assert_allclose(losses(tmp_path / "tokens"), losses(tmp_path / "pictures"), rtol=1e-6)
     other = weights.load(world[0])
     other.vqgan.quantize.embedding.weight.data.neg_()
-    other.save_pretrained(tmp_path / "other")
+    weights.save(other, tmp_path / "other")
     with pytest.raises(InputError, match="codes.safetensors: made with another VQGAN"):
         train.main([*command(world, tmp_path / "x", "--codes", tmp_path / "codes"), "--init", str(tmp_path / "other")])
 
@@ -467,23 +428,23 @@ def test_the_memory_formula_agrees_with_what_autograd_keeps():
     config = replace(TINY, prefix_tokens=192, image_size=48, decoder=replace(TINY.decoder, layers=6, dropout=0.0),
                      t5=replace(TINY.t5, layers=6, dropout=0.0))
     model = Mentor(config)
-    objective = train.TokenObjective(model, None)
+    objective = train.TokenObjective(model)
     batch = {"ids": torch.full((2, 192), 7), "mask": torch.ones(2, 192, dtype=torch.bool), "drop": None,
              "refs": torch.empty(0, 3, 56, 56), "tokens": torch.randint(64, (2, 144))}
     for trains in (train.STAGES["1"].trains, train.STAGES["2"].trains):
         train.freeze(objective, trains)
         model.encoder.t5.encoder.relative_bias.requires_grad_(False)       # else the CPU's attention is not fused
-        full, half = train.activation_elements(config, 192, 144, trains)
+        full, half = weights.activation_elements(config, 192, 144, trains)
         assert 2 * 4 * (full + half) == pytest.approx(saved_bytes(objective, batch), rel=0.1)
 
 
 def test_full_size_stage_2_takes_one_optimizer_step_on_the_meta_device():
-    args = train.parse(["--stage", "2", "--data", "x", "--out", "x", "--device", "cpu"])
+    stage = train.STAGES["2"]
     with torch.device("meta"):
         mentor = Mentor(MentorConfig())
-        objective = train.TokenObjective(mentor, args)
-        train.freeze(objective, args.trains)
-        optimizer = train.make_optimizer(objective, args.lr)
+        objective = train.TokenObjective(mentor)
+        train.freeze(objective, stage.trains)
+        optimizer, = train.make_optimizers(objective, stage)
         batch = {"ids": torch.zeros(1, 512, dtype=torch.long), "mask": torch.ones(1, 512, dtype=torch.bool),
                  "refs": torch.empty(1, 3, 224, 224), "tokens": torch.zeros(1, 1024, dtype=torch.long),
                  "drop": torch.zeros(1, dtype=torch.bool)}
@@ -491,8 +452,7 @@ def test_full_size_stage_2_takes_one_optimizer_step_on_the_meta_device():
         optimizer.step()
     stepped = {id(p) for p, state in optimizer.state.items() if state["exp_avg"].shape == p.shape}
     assert all(id(p) in stepped for p in mentor.parameters() if p.requires_grad)
-    gpu = train.Ranks(0, 8, torch.device("cuda"))
-    rows = train.memory(mentor, args, gpu, micro=4)
+    rows = weights.training_memory(mentor, stage.trains, micro=4, itemsize=2)
     assert 8 < rows["parameters (fp32)"] < 10 and sum(rows.values()) < 80
 
 
@@ -511,14 +471,15 @@ def test_eight_photographs_can_be_learnt_by_heart_in_every_task(tmp_path):
         mask = Image.new("L", (96, 96))                        # the foreground is taken to be a drawn ellipse
         ImageDraw.Draw(mask).ellipse((14, 14, 82, 82), fill=255)
         mask.save(folder / f"{stem}.mask.png")
-    data.main(["folder", str(folder)])
+    prepare.main(["folder", str(folder)])
     common = ["--data", str(folder / "data.jsonl"), "--workers", "1", "--global-batch", "8", "--save-every", "10000",
               "--sample-every", "10000"]
     torch.manual_seed(0)
-    Mentor(replace(NO_DROPOUT, decoder=replace(NO_DROPOUT.decoder, layers=3, width=128)), byte_tokenizer()
-           ).save_pretrained(tmp_path / "init")
-    train.main(["--stage", "vqgan", "--init", str(tmp_path / "init"), "--out", str(tmp_path / "vq"), "--steps", "300",
-                "--lr", "2e-3", *common])
+    model = Mentor(replace(NO_DROPOUT, decoder=replace(NO_DROPOUT.decoder, layers=3, width=128)),
+                   weights.byte_tokenizer())
+    weights.save(model, tmp_path / "init")
+    train_small_model(["--stage", "vqgan", "--init", str(tmp_path / "init"), "--out", str(tmp_path / "vq"), "--steps",
+                       "300", "--lr", "2e-3", *common])
     train.main(["--stage", "2", "--init", str(tmp_path / "vq"), "--out", str(tmp_path / "two"), "--steps", "500",
                 "--lr", "2e-3", *common])
     last = log(tmp_path / "two")[-20:]
@@ -529,7 +490,7 @@ def test_eight_photographs_can_be_learnt_by_heart_in_every_task(tmp_path):
     for path in sorted(folder.glob("*[0-9].png")):
         target = data.target_pixels(data.open_image(path), 24)[None]
         tokens = model.vqgan.encode(target)[0]
-        ids, mask = model.prompter(path.with_suffix(".txt").read_text(), 0)
-        drawn = model.generate(model.prefix(ids[None, mask], mask[None, mask]), [0],
-                               replace(model.config.sampling, temperature=0.0))[0]
-        assert (drawn == tokens).float().mean() > 0.9, path.name
+        batch = data.collate([model.processor(path.with_suffix(".txt").read_text())])
+        sampled = model.generate(model.prefix(batch["ids"], batch["mask"]), [0],
+                                 replace(model.config.sampling, temperature=0.0))[0]
+        assert (sampled == tokens).float().mean() > 0.9, path.name

@@ -1,8 +1,10 @@
+"""Weights: every layout in which they come, what may be missing and what may be damaged, and the way from the hub."""
 import argparse
 import hashlib
 import http.server
 import json
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -12,17 +14,31 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, close, material
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data
 import weights
-from data import InputError, byte_tokenizer
-from encoder import CLIP_NAMES, Clip, TextConfig
+from cli import InputError
+from encoder import CLIP_NAMES
 from model import Mentor, MentorConfig
+from scorers import CLIP_TEXT_NAMES, Clip, TextConfig
+from weights import byte_tokenizer
+
+ROOT = pathlib.Path(weights.__file__).parent
+WHOLE_CLIP = CLIP_NAMES + CLIP_TEXT_NAMES
 
 
 def random_model(seed=0, **options):
     torch.manual_seed(seed)
-    return Mentor(TINY, byte_tokenizer(), **options).eval()
+    model = Mentor(TINY, byte_tokenizer(), **options).eval()
+    torch.nn.init.normal_(model.decoder.output.weight)         # zero at first, which would not look at its input
+    return model
+
+
+def sampled(model, prompt, images=(), seed=0):
+    """-> pixels (3, H, W)"""
+    return model.sample(data.collate([model.processor(prompt, images)]), [seed])[0]
 
 
 def public(model, kind):
@@ -33,7 +49,7 @@ def public(model, kind):
         tensors["quantize.codebook_used"] = torch.zeros(65536)
     if kind == "clip":
         tower = Clip(TINY.vision, TextConfig(32, 1, 2, 64, 100), 16).state_dict()
-        tensors |= {weights.public_name(name, CLIP_NAMES): tensor for name, tensor in tower.items()
+        tensors |= {weights.public_name(name, WHOLE_CLIP): tensor for name, tensor in tower.items()
                     if not name.startswith("vision.")}
         tensors["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     return tensors
@@ -97,7 +113,7 @@ def test_the_whole_of_clip_has_its_public_names_and_shapes():
     published = json.loads((material("MENTOR_MANIFESTS", "manifests") / "clip-vit-large-patch14.json").read_text())
     with torch.device("meta"):
         state = Clip().state_dict()
-    produced = {weights.public_name(name, CLIP_NAMES): list(tensor.shape) for name, tensor in state.items()}
+    produced = {weights.public_name(name, WHOLE_CLIP): list(tensor.shape) for name, tensor in state.items()}
     assert produced == published["tensors"]
 
 
@@ -117,11 +133,11 @@ def test_separate_public_files_load_completely(tmp_path):
 def test_a_saved_folder_loads_as_it_was_and_replaces_an_older_one(tmp_path):
     for seed in (0, 1):
         model = random_model(seed)
-        model.save_pretrained(tmp_path / "folder")
-        loaded = Mentor.from_pretrained(tmp_path / "folder")
+        weights.save(model, tmp_path / "folder")
+        loaded = weights.load(tmp_path / "folder")
         assert loaded.config == TINY and same(model, loaded)
     assert os.listdir(tmp_path) == ["folder"]
-    assert model.draw("a cat")[0].tobytes() == loaded.draw("a cat")[0].tobytes()
+    assert torch.equal(sampled(model, "a cat"), sampled(loaded, "a cat"))
 
 
 def test_conversion_writes_a_folder_that_holds_the_same_model(tmp_path, monkeypatch, capsys):
@@ -129,13 +145,48 @@ def test_conversion_writes_a_folder_that_holds_the_same_model(tmp_path, monkeypa
     folder = write_folder(tmp_path / "public", model, ["mentor", "vqgan"])
     monkeypatch.setattr(weights, "public_config", lambda files: TINY)
     weights.main(["convert", folder, str(tmp_path / "out")])
-    assert same(model, Mentor.from_pretrained(tmp_path / "out")) and "wrote" in capsys.readouterr().out
+    assert same(model, weights.load(tmp_path / "out")) and "wrote" in capsys.readouterr().out
     weights.main(["convert", folder, str(tmp_path / "half"), "--half"])
-    half, full = Mentor.from_pretrained(tmp_path / "half").state_dict(), model.state_dict()
+    half, full = weights.load(tmp_path / "half").state_dict(), model.state_dict()
     for name, tensor in half.items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, full[name].half().float())
     sizes = [os.path.getsize(tmp_path / name / "model.safetensors") for name in ("half", "out")]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_public_files_are_recognised_beside_the_hubs_own_config_json(tmp_path):
+    model = random_model()
+    folder = write_folder(tmp_path, model, ["mentor", "vqgan", "clip"])
+    (tmp_path / "clip.safetensors").rename(tmp_path / "model.safetensors")         # as CLIP's publisher names it
+    (tmp_path / "config.json").write_text('{"architectures": ["CLIPModel"], "model_type": "clip"}')
+    assert same(model, load(folder))
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path):
+    weights.save(random_model(), tmp_path / "f")
+    (tmp_path / "f" / "notes.txt").write_text("precious")
+    for refused in (lambda: weights.save(random_model(1), tmp_path / "f"),
+                    lambda: weights.main(["convert", "random", str(tmp_path / "f")])):
+        with pytest.raises(InputError, match="holds notes.txt"):
+            refused()
+    assert same(random_model(), weights.load(tmp_path / "f")) and (tmp_path / "f" / "notes.txt").exists()
+
+
+def test_random_weights_are_the_same_every_time_and_of_the_size_asked_for():
+    assert same(weights.load("random"), weights.load("random-toy"))
+    state = torch.get_rng_state()
+    assert same(weights.random_model(TINY, byte_tokenizer(), 3), weights.random_model(TINY, byte_tokenizer(), 3))
+    assert not same(weights.random_model(TINY, byte_tokenizer(), 3), weights.random_model(TINY, byte_tokenizer(), 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(InputError, match="random-huge: no such size; the sizes are toy, B"):
+        weights.load("random-huge")
+
+
+def test_the_fingerprint_tells_codebooks_apart():
+    one, other = random_model(0).vqgan, random_model(1).vqgan
+    assert weights.fingerprint(one) == weights.fingerprint(random_model(0).vqgan) != weights.fingerprint(other)
+    other.quantize.load_state_dict(one.quantize.state_dict())
+    assert weights.fingerprint(one) == weights.fingerprint(other)
 
 
 def test_the_published_size_is_recognised_from_the_files():
@@ -159,16 +210,15 @@ def test_a_shorter_unconditional_table_fills_the_first_rows(tmp_path):
     longer = load(folder, prefix_tokens=100)
     close(longer.projector.uncond[:64], model.projector.uncond, 0)
     assert longer.projector.uncond.shape == (100, 48) and (longer.projector.uncond[64:] != 0).all()
-    assert longer.prompter.max_tokens == 100
+    assert longer.processor.max_tokens == 100
 
 
 def test_a_saved_models_unconditional_rows_stay_where_prompts_read_them(tmp_path):
     model = random_model()
-    model.save_pretrained(tmp_path / "f")
+    weights.save(model, tmp_path / "f")
     longer = weights.load(tmp_path / "f", prefix_tokens=100)
     close(longer.projector.uncond[-64:], model.projector.uncond, 0)
-    drawn = [m.draw("a cat", seed=3)[0].tobytes() for m in (model, longer)]      # with guidance
-    assert drawn[0] == drawn[1]
+    assert torch.equal(sampled(model, "a cat", seed=3), sampled(longer, "a cat", seed=3))          # with guidance
 
 
 def test_a_checkpoint_of_mentor_wins_over_other_files_of_its_parts(tmp_path):
@@ -204,11 +254,11 @@ def test_clip_tensors_that_the_checkpoint_lacks_come_from_clips_own_file(tmp_pat
 def test_without_a_connector_only_text_to_image_is_possible(tmp_path):
     news = []
     model = load(write_folder(tmp_path, random_model(), ["decoder", "vqgan", "t5", "clip"]), log=news.append)
-    assert "no connector" in news[0] and model.draw("a cat")[0].size == (24, 24)
-    model.save_pretrained(tmp_path / "saved")
+    assert "no connector" in news[0] and sampled(model, "a cat").shape == (3, 24, 24)
+    weights.save(model, tmp_path / "saved")
     for model in (model, weights.load(tmp_path / "saved")):
         with pytest.raises(InputError, match="no trained connector"):
-            model.draw("a cat", refs=["cat.jpg"])
+            sampled(model, "The cat in <image>.\na cat", [Image.new("RGB", (40, 40))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,14 +336,14 @@ def test_folders_that_hold_too_little_or_too_much_say_so(tmp_path):
     torch.save({"strange": torch.zeros(1)}, tmp_path / "another.pt")
     with pytest.raises(InputError, match="another.pt: its tensors .strange"):
         load(folder)
-    random_model().save_pretrained(tmp_path / "f")
+    weights.save(random_model(), tmp_path / "f")
     os.remove(tmp_path / "f" / "tokenizer.json")
     with pytest.raises(InputError, match="tokenizer.json is missing"):
         weights.load(tmp_path / "f")
 
 
 def test_a_folder_with_a_damaged_configuration_is_named(tmp_path):
-    random_model().save_pretrained(tmp_path / "f")
+    weights.save(random_model(), tmp_path / "f")
     for text in ("{", "[1]", '{"colour": 3}', '{"decoder": 5}'):
         (tmp_path / "f" / "config.json").write_text(text)
         with pytest.raises(InputError, match="config.json"):
@@ -334,21 +384,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("files, damage, said", [
+@pytest.mark.parametrize("files, damage, message", [
     ("repo", False, ""), ("repo", True, "the download was damaged"), ("nothing", False, "the download failed")])
-def test_a_hub_repository_is_downloaded_checked_and_loaded_or_the_failure_named(tmp_path, files, damage, said):
-    random_model().save_pretrained(tmp_path / "repo")
+def test_a_hub_repository_is_downloaded_checked_and_loaded_or_the_failure_named(tmp_path, files, damage, message):
+    weights.save(random_model(), tmp_path / "repo")
     handler = type("Handler", (Hub,), {"folder": tmp_path / files, "damage": damage})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
                        "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
         result = subprocess.run([sys.executable, "sample.py", "--weights", "someone/mentor", "--prompt", "a cat",
-                                 "--out", str(tmp_path / "cat.png")], env=environment, capture_output=True, text=True)
+                                 "--out", str(tmp_path / "cat.png")], cwd=ROOT, env=environment, capture_output=True,
+                                text=True)
         server.shutdown()
-    assert result.returncode == (2 if said else 0), result.stderr
-    assert said in result.stderr and "Traceback" not in result.stderr
-    assert (tmp_path / "cat.png").exists() == (not said)
+    assert result.returncode == (2 if message else 0), result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert (tmp_path / "cat.png").exists() == (not message)
 
 
 def test_reading_maps_the_file_instead_of_copying_it(tmp_path):

@@ -26,7 +26,7 @@ UNQUANTIZED = 0.02         # share of the steps that a new tokenizer trains befo
 RESTART_EVERY = 50         # steps between looks for dead codes of a new tokenizer
 
 
-def quantize(quantizer, z):
+def quantize(quantizer, z, beta=0.25):
     """Latents to codes, with gradients straight through (VQ-VAE, arXiv 1711.00937).
 
     z: (B, e, h, w) -> (codes (B, e, h, w), loss, tokens (B, T)). The loss pulls the codes to the latents and, with
@@ -35,7 +35,7 @@ def quantize(quantizer, z):
     tokens = quantizer.tokens(z)                                                          # (B, T)
     z = F.normalize(z, dim=1)
     codes = quantizer.lookup(tokens.unflatten(1, z.shape[2:]))                            # (B, e, h, w)
-    loss = F.mse_loss(codes, z.detach()) + quantizer.beta * F.mse_loss(z, codes.detach())
+    loss = F.mse_loss(codes, z.detach()) + beta * F.mse_loss(z, codes.detach())
     return z + (codes - z).detach(), loss, tokens
 
 
@@ -44,7 +44,7 @@ def reconstruct(vqgan, pixels, quantized=True):
     z = vqgan.latent(pixels)                                                              # (B, e, h, w)
     codes, loss, tokens = F.normalize(z, dim=1), 0.0, None
     if quantized:
-        codes, loss, tokens = quantize(vqgan.quantize, z)
+        codes, loss, tokens = quantize(vqgan.quantize, z, vqgan.config.beta)
     return vqgan.decoder(vqgan.post_quant_conv(codes)), loss, tokens
 
 

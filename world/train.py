@@ -172,7 +172,8 @@ def load_start(args, stage, log):
     """The weights that a stage starts from; random ones have the small model's size. -> Mentor"""
     if stage.init != "random":
         return train.load_start(args, stage, log, command="-m world.train")
-    return weights.random_model(SMALL.override(stage.prefix_rope, stage.prefix_tokens), small_tokenizer(), args.seed)
+    config = weights.override(SMALL, stage.prefix_rope, stage.prefix_tokens)
+    return weights.random_model(config, small_tokenizer(), args.seed)
 
 
 def make_data(args, stage, mentor, log):

@@ -1,0 +1,407 @@
+"""What all command lines share: errors in one sentence, numbers, files that appear whole, processes, the log of a run."""
+import errno
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+from cli import InputError
+
+ROOT = pathlib.Path(cli.__file__).parent
+
+
+def tree(folder):
+    """{path below the folder: content}, content None for a folder."""
+    return {str(path.relative_to(folder)): path.read_text() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def write(path, text):
+    with cli.atomic_file(path) as temporary, open(temporary, "w") as file:
+        file.write(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a script
+
+def test_bad_input_is_one_line_and_exit_code_2_and_an_interrupt_exit_code_130(monkeypatch, capsys):
+    def stop(error):
+        def main():
+            raise error
+        with pytest.raises(SystemExit) as caught:
+            cli.run(main)
+        return caught.value.code
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/sample.py", "--n", "3"])
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert stop(InputError("dog.jpg: no such file; check the path")) == 2
+    assert capsys.readouterr() == ("", "sample.py: error: dog.jpg: no such file; check the path\n")
+    assert stop(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ZeroDivisionError):               # a fault of the program keeps its traceback
+        cli.run(lambda: 1 / 0)
+    assert cli.run(lambda: None) is None
+
+
+SCRIPT = """
+import os, sys, time
+import cli
+
+def main():
+    if os.environ["RANK"] in sys.argv[1]:
+        raise cli.InputError("dog.jpg: no such file; check the path")
+    time.sleep(60)
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("ranks", ["0123", "2"])
+def test_under_torchrun_an_error_is_reported_once_whichever_ranks_meet_it(tmp_path, ranks):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--master_port=0",
+                             "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "script.py", ranks],
+                            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if "dog.jpg" in line]
+    assert lines == ["script.py: error: dog.jpg: no such file; check the path"]
+    assert result.returncode != 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+def parse(*arguments):
+    parser = cli.Parser(prog="test")
+    for flag in ("positive_int", "natural", "positive_float", "nonnegative_float"):
+        parser.add_argument(f"--{flag}", type=getattr(cli, flag))
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("flag, text, value", [
+    ("positive_int", "1", 1), ("natural", "0", 0), ("natural", "12", 12), ("positive_float", "1e-4", 1e-4),
+    ("nonnegative_float", "0", 0.0), ("nonnegative_float", "2.5", 2.5), ("positive_int", str(2**53 - 1), 2**53 - 1)])
+def test_a_number_in_its_range_is_taken(flag, text, value):
+    number = getattr(parse(f"--{flag}", text), flag)
+    assert number == value and type(number) is type(value)
+
+
+@pytest.mark.parametrize("flag, text, requirement", [
+    ("positive_int", "0", "must be a whole number above 0, not 0"),
+    ("positive_int", "-3", "must be a whole number above 0, not -3"),
+    ("positive_int", "1e400", "must be .*number.*, not '?1e400"),
+    ("positive_int", "1.5", "must be .*number.*, not '?1.5"),
+    ("positive_int", str(2**53), "must be a whole number above 0, not"),     # no longer exact as a float
+    ("natural", "-1", "must be a whole number, 0 or above, not -1"),
+    ("natural", "many", "must be .*number.*, not 'many'"),
+    ("natural", "", "must be .*number.*, not ''"),
+    ("positive_float", "0", "must be above 0, not 0"),
+    ("positive_float", "nan", "must be above 0, not nan"),
+    ("positive_float", "inf", "must be above 0, not inf"),
+    ("positive_float", "fast", "must be a number, not 'fast'"),
+    ("nonnegative_float", "-0.1", "must be 0 or above, not -0.1"),
+    ("nonnegative_float", "nan", "must be 0 or above, not nan")])
+def test_a_number_outside_its_range_is_refused_with_flag_range_and_value(flag, text, requirement):
+    with pytest.raises(InputError, match=f"argument --{flag}: {requirement}"):
+        parse(f"--{flag}={text}")
+
+
+def test_every_usage_error_is_an_input_error_that_points_to_help():
+    for arguments in (["--colour", "red"], ["--natural"], ["stray"]):
+        with pytest.raises(InputError, match="see --help$"):
+            parse(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_a_file_appears_whole_in_folders_that_are_made_on_the_way(tmp_path):
+    path = tmp_path / "new" / "deep" / "log.txt"
+    with cli.atomic_file(path) as temporary:
+        assert os.path.dirname(temporary) == str(path.parent) and temporary.endswith(".txt")
+        pathlib.Path(temporary).write_text("half")
+        assert not path.exists()
+        pathlib.Path(temporary).write_text("whole")
+    write(path, "newer")
+    assert tree(tmp_path) == {"new": None, "new/deep": None, "new/deep/log.txt": "newer"}
+    (tmp_path / "plain.txt").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), InputError("x: no; fix it")])
+def test_an_exception_in_the_block_leaves_the_old_content_and_nothing_else(tmp_path, error):
+    write(tmp_path / "a.txt", "old")
+    for name in ("a.txt", "b.txt"):
+        with pytest.raises(type(error)) as caught:
+            with cli.atomic_file(tmp_path / name) as temporary:
+                pathlib.Path(temporary).write_text("new")
+                raise error
+        assert caught.value is error
+    assert tree(tmp_path) == {"a.txt": "old"}
+
+
+def test_a_planted_link_is_never_written_through(tmp_path, monkeypatch):
+    victim, folder = tmp_path / "victim.txt", tmp_path / "out"
+    victim.write_text("precious")
+    folder.mkdir()
+    path = folder / "a.txt"
+    guessable = [".a.txt", "a.txt.tmp", ".a.txt.tmp", "a.txt.part", "a.part.txt", "a.tmp.txt", "tmp-a.txt",
+                 f".{os.getpid()}-a.txt", f"a.txt.{os.getpid()}"]
+    for name in guessable:
+        (folder / name).symlink_to(victim)
+    names = set()
+    for i in range(5):
+        with cli.atomic_file(path) as temporary:
+            names.add(temporary)
+            pathlib.Path(temporary).write_text(str(i))
+    assert len(names) == 5 and path.read_text() == "4" and victim.read_text() == "precious"
+    assert sorted(os.listdir(folder)) == sorted([*guessable, "a.txt"])
+    path.unlink()
+    path.symlink_to(victim)                              # the name itself is replaced, not what it points to
+    write(path, "new")
+    assert path.read_text() == "new" and not path.is_symlink() and victim.read_text() == "precious"
+
+    monkeypatch.setattr(cli, "temporary_name", lambda path: str(folder / "guessed"))       # as if a name had been guessed
+    (folder / "guessed").symlink_to(victim)
+    with pytest.raises(InputError, match="a.txt: cannot be written"):
+        write(path, "newer")
+    assert victim.read_text() == "precious" and path.read_text() == "new" and (folder / "guessed").is_symlink()
+
+
+def test_a_write_error_is_one_sentence_that_names_the_file(tmp_path):
+    write(tmp_path / "file", "old")
+    with pytest.raises(InputError, match=r"file: cannot be written \(No space left on device\); choose another place"):
+        with cli.atomic_file(tmp_path / "file"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(InputError, match=r"file: cannot be written \(image file could not be written\)"):
+        with cli.atomic_file(tmp_path / "file"):
+            raise OSError("image file could not be written")           # as libraries raise it, without a number
+    with pytest.raises(InputError, match=r"file/a.txt: cannot be written \(.+\)"):
+        write(tmp_path / "file" / "a.txt", "new")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder: is a folder; choose another name"):
+        write(tmp_path / "folder", "new")
+    assert tree(tmp_path) == {"file": "old", "folder": None}
+
+
+def test_a_probe_tells_whether_a_file_can_be_written_and_leaves_none(tmp_path):
+    (tmp_path / "file").write_text("old")
+    cli.probe(tmp_path / "file")
+    cli.probe(tmp_path / "new" / "a.png")
+    for path in (tmp_path / "file" / "a.png", tmp_path):
+        with pytest.raises(InputError, match="cannot be written|is a folder"):
+            cli.probe(path)
+    assert tree(tmp_path) == {"file": "old", "new": None}
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    cli.write_json(tmp_path / "a.json", {"é": [1, 2.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1, 2.5, None]}
+    with pytest.raises(TypeError):
+        cli.write_json(tmp_path / "a.json", {"first": 1, "second": object()})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1, 2.5, None]}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+OURS = ("config.json", "model.safetensors")
+
+
+def write_folder(path, text, ours=OURS):
+    with cli.atomic_folder(path, ours) as temporary:
+        pathlib.Path(temporary, "config.json").write_text(text)
+
+
+def test_a_folder_appears_whole_and_takes_the_place_of_an_older_one_of_ours(tmp_path):
+    path = tmp_path / "new" / "model"
+    write_folder(path, "1")
+    (path / "model.safetensors").write_text("1")
+    write_folder(path, "2")
+    assert tree(tmp_path) == {"new": None, "new/model": None, "new/model/config.json": "2"}
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "empty", "3", ours=())
+    assert tree(tmp_path / "empty") == {"config.json": "3"}
+
+
+def test_a_folder_that_holds_anything_else_is_refused_by_the_name_of_it(tmp_path):
+    path = tmp_path / "photos"
+    path.mkdir()
+    for name in ("config.json", "dog.jpg"):
+        (path / name).write_text("precious")
+    before = tree(tmp_path)
+    for refused in (lambda: cli.check_folder(path, OURS), lambda: write_folder(path, "new")):
+        with pytest.raises(InputError, match="photos: holds dog.jpg, which is no part"):
+            refused()
+    with pytest.raises(InputError, match="holds config.json"):
+        write_folder(path, "new", ours=())               # nothing is ours unless it is said
+    with pytest.raises(InputError, match="dog.jpg: cannot become a folder"):
+        write_folder(path / "dog.jpg", "new")
+    with pytest.raises(InputError, match="cannot be"):
+        write_folder(path / "dog.jpg" / "model", "new")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_an_exception_in_the_block_leaves_the_old_folder_and_nothing_else(tmp_path, error):
+    write_folder(tmp_path / "model", "old")
+    for name in ("model", "other"):
+        with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
+            with cli.atomic_folder(tmp_path / name, OURS) as temporary:
+                pathlib.Path(temporary, "config.json").write_text("new")
+                raise error
+    assert tree(tmp_path) == {"model": None, "model/config.json": "old"}
+
+
+def test_the_old_folder_returns_when_the_last_rename_fails(tmp_path, monkeypatch):
+    write_folder(tmp_path / "model", "old")
+    rename, calls = os.rename, []
+
+    def rename_once(source, target):
+        calls.append(str(target))
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_once)
+    with pytest.raises(InputError, match=r"model: cannot be written \(Input/output error\)"):
+        write_folder(tmp_path / "model", "new")
+    assert calls[1] == calls[2] == str(tmp_path / "model")
+    assert tree(tmp_path) == {"model": None, "model/config.json": "old"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems, processes, signals
+
+def test_too_many_problems_stop_the_run_and_few_are_logged_once():
+    log = []
+    problems = cli.Problems(log.append)
+    for _ in range(3):
+        problems.add(["a.jsonl:7: gone"], seen=6)        # many of few do not stop it yet
+    assert log == ["skipped a.jsonl:7: gone"]
+    problems.add([], seen=62)                            # 3 of 80
+    problems.add(["a.jsonl:8: torn"], seen=0)            # 4 of 80 is 5 %
+    with pytest.raises(InputError, match="5 problems in 80 samples.*\na.jsonl:7: gone\na.jsonl:8: torn\na.jsonl:9: torn$"):
+        problems.add(["a.jsonl:9: torn"], seen=0)
+
+
+def test_the_device_is_the_one_asked_for_or_the_first_that_works(monkeypatch):
+    assert cli.pick_device("cpu") == "cpu" and cli.pick_device(None, ("cpu",)) == "cpu"
+    for module, choices in ((torch.cuda, ("cuda", "mps", "cpu")), (torch.backends.mps, ("mps", "cuda", "cpu"))):
+        for other in (torch.cuda, torch.backends.mps):
+            monkeypatch.setattr(other, "is_available", lambda other=other: other is module)
+        assert cli.pick_device(None, choices) == choices[0] == cli.pick_device()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert cli.pick_device() == "cpu"
+    for name in ("gpu", "cuda:77", "", "xpu"):
+        with pytest.raises(InputError, match=f"--device {name} does not work here .*; try cpu") as caught:
+            cli.pick_device(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_single_process_is_rank_0_of_1_and_needs_no_others(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    ranks = cli.Ranks.join("cpu")
+    assert ranks == cli.Ranks(0, 1, torch.device("cpu")) and not torch.distributed.is_initialized()
+    assert ranks.sum([1, 2.5]) == [1, 2.5] and ranks.gather({"a": 1}) == [{"a": 1}]
+    ranks.barrier()
+    ranks.leave()
+    with pytest.raises(InputError, match="--device nonsense"):
+        cli.Ranks.join("nonsense")
+    assert 0.05 < cli.used_memory(ranks.device) < 1000
+
+
+def test_a_signal_is_remembered_and_a_second_interrupt_ends_at_once(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            stop = cli.Stop()
+            assert not stop.asked
+            signal.raise_signal(number)
+            assert stop.asked
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log and its plot, sheets, names
+
+def test_a_log_loses_what_was_written_behind_the_last_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)]
+    path.write_text("".join(lines) + '{"step": 6, "lo')                # killed in the middle of a line
+    cli.trim_log(path, 5)
+    assert path.read_text() == "".join(lines)
+    cli.trim_log(path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    cli.trim_log(path, 0)
+    assert path.read_text() == ""
+    cli.trim_log(tmp_path / "none.jsonl", 3)
+    assert os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def plotted(tmp_path, records):
+    """The inside of the plot's frame, frame included, as an array of its own pixels. -> (351, 701, 3)"""
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    cli.plot_log(tmp_path / "log.jsonl", tmp_path / "new" / "loss.png")
+    image = Image.open(tmp_path / "new" / "loss.png")
+    assert image.size == (800, 450)
+    return np.asarray(image).astype(int)[50:401, 50:751]
+
+
+def places(pixels, colour):
+    """Rows and columns of a colour."""
+    return np.argwhere((pixels == colour).all(axis=-1))
+
+
+GREY, RED = (128, 128, 128), (255, 0, 0)
+
+
+def test_a_plot_of_several_points_falls_from_the_upper_left_to_the_lower_right(tmp_path):
+    records = [{"step": step, "loss": 10.0 - step} for step in range(1, 10)]
+    records[3]["val"] = {"t2i": 9.0}
+    records[8]["val"] = {"t2i": 9.0}
+    pixels = plotted(tmp_path, records)
+    train, val = places(pixels, GREY), places(pixels, RED)
+    assert len(train) > 300 and train[train[:, 1].argmin()][0] < 5 and train[train[:, 1].argmax()][0] > 345
+    assert val[:, 0].max() < 5 and val[:, 1].min() > 200 and val[:, 1].max() > 690         # level, from step 4 on
+
+
+def test_a_plot_of_a_single_point_shows_it(tmp_path):
+    pixels = plotted(tmp_path, [{"step": 1, "loss": 3.0}])
+    assert len(places(pixels, GREY)) >= 1 and len(places(pixels, RED)) == 0
+    pixels = plotted(tmp_path, [{"step": 1, "loss": 3.0, "val": {"t2i": 4.0}}])
+    low, high = places(pixels, GREY), places(pixels, RED)
+    assert low[:, 0].min() > 340 and high[:, 0].max() < 10
+
+
+def test_a_contact_sheet_is_nearly_square_or_has_the_columns_asked_for():
+    images = [Image.new("RGB", (10, 6), (50 * i, 0, 0)) for i in range(5)]
+    sheet = cli.contact_sheet(images)
+    assert sheet.size == (3 * 10 + 2 * 4, 2 * 6 + 4)
+    assert sheet.getpixel((0, 0)) == (0, 0, 0) and sheet.getpixel((14, 10)) == (200, 0, 0)
+    assert sheet.getpixel((11, 3)) == sheet.getpixel((37, 15)) == (255, 255, 255)
+    assert cli.contact_sheet(images, columns=5).size == (5 * 10 + 4 * 4, 6)
+    assert cli.contact_sheet(images[:1]).size == (10, 6)
+
+
+def test_names_of_files_become_subjects(monkeypatch, tmp_path):
+    assert cli.subject_of("photos/dog.jpg") == "dog"
+    assert cli.subject_of("/a/red_boot-03.JPG") == cli.subject_of("/a/red_boot/03.jpg") == "red boot"
+    assert cli.subject_of("/a/Clay Vase/00.png") == "clay vase" and cli.subject_of("/a/chat_noirà.png") == "chat noirà"
+    assert cli.subject_of("/01/02.png") == cli.subject_of("/2.png") == "subject"
+    (tmp_path / "teapot").mkdir()
+    monkeypatch.chdir(tmp_path / "teapot")
+    assert cli.subject_of("03.jpg") == "teapot" and cli.subject_of("lamp/03.jpg") == "lamp"
