@@ -8,24 +8,30 @@ import importlib.util
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
+import prepare
 import weights
 from encoder import CLIP_NAMES, T5Config, VisionConfig
-from model import SIZES, DecoderConfig, MentorConfig, Sampling
+from model import SIZES, DecoderConfig, Mentor, MentorConfig, Sampling
 from scorers import CLIP_TEXT_NAMES, DINO_NAMES, Clip, Dino, TextConfig
 from vqgan import VQConfig
 
 HERE = pathlib.Path(__file__).parent
 GOLDEN = pathlib.Path(os.environ.get("MENTOR_GOLDEN", HERE / "golden"))
-SHARED = HERE.parent.parent / "shared"
+ROOT = HERE.parent
+SHARED = ROOT.parent / "shared"
 
 _spec = importlib.util.spec_from_file_location("fill", HERE / "golden" / "fill.py")
 filler = importlib.util.module_from_spec(_spec)
@@ -37,6 +43,9 @@ TINY = MentorConfig(
     decoder=DecoderConfig(layers=2, heads=4, width=64, multiple_of=32, codes=64),
     vqgan=VQConfig(channels=16, multipliers=(1, 1, 2), res_blocks=1, latent=16, codes=64),
     prefix_tokens=64, image_size=24, image_id=259, sampling=Sampling(cfg_scale=2.0, top_k=64))
+
+
+NO_DROPOUT = replace(TINY, decoder=replace(TINY.decoder, dropout=0.0), t5=replace(TINY.t5, dropout=0.0))
 
 
 def material(variable, default):
@@ -110,6 +119,16 @@ def no_gradients(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Small networks gain nothing from a second thread, and on a busy machine two wait for each other."""
+    before = torch.get_num_threads()
+    if not request.node.get_closest_marker("full"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def endpoint():
     """A local server that answers as `endpoint.script` says, in order, the last one for ever."""
@@ -166,3 +185,73 @@ def networks(tmp_path_factory):
     torch.save(clip, folder / "clip" / "pytorch_model.bin")
     save_file(public(Dino(32, 64, 2, 1), DINO_NAMES), folder / "dino" / "model.safetensors")
     return ["--clip", str(folder / "clip"), "--dino", str(folder / "dino")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training runs
+
+def write_data(folder, pictures=6, side=48):
+    """Images with captions and elliptic masks, as `prepare.py folder` reads them, and one row of two objects."""
+    folder.mkdir()
+    for i in range(pictures):
+        stem = f"{('cat', 'dog', 'hat')[i % 3]}-{i:02}"
+        Image.effect_noise((side, side), 60 + 20 * i).convert("RGB").save(folder / f"{stem}.png")
+        (folder / f"{stem}.txt").write_text(f"a {stem[:3]} number {i}")
+        mask = Image.new("L", (side, side))
+        ImageDraw.Draw(mask).ellipse((8, 8, side - 12, side - 8), fill=255)
+        mask.save(folder / f"{stem}.mask.png")
+    prepare.main(["folder", str(folder)])
+    with open(folder / "data.jsonl", "a") as file:
+        file.write(json.dumps({"input_text": "both", "source_image": "cat-00.png", "objects": ["cat", "hat"],
+                               "image_path": ["cat-00.mask.png"] * 2}) + "\n")
+    return str(folder / "data.jsonl")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """-> (folder of a tiny model with all of T5, JSONL)"""
+    folder = tmp_path_factory.mktemp("toy")
+    torch.manual_seed(0)
+    model = Mentor(NO_DROPOUT, weights.byte_tokenizer(), t5_decoder=True)
+    with torch.no_grad():
+        torch.nn.init.normal_(model.decoder.output.weight, std=0.02)
+        model.vqgan.quantize.embedding.weight.normal_()
+    weights.save(model, folder / "init")
+    return str(folder / "init"), write_data(folder / "data")
+
+
+def command(toy, out, *flags, stage="2", steps=3, batch=4):
+    return ["--stage", stage, "--init", toy[0], "--data", toy[1], "--out", str(out), "--steps", str(steps),
+            "--global-batch", str(batch), "--workers", "0", "--device", "cpu", *map(str, flags)]
+
+
+def run(arguments, processes=1, cwd=ROOT, module="train"):
+    """A training script in a process of its own, or under torchrun in several."""
+    launcher = [sys.executable, "-m", module]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", module]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*launcher, *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def log(out):
+    return [json.loads(line) for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [record["loss"] for record in log(out)]
+
+
+def assert_same_weights(a, b, atol):
+    a, b = (load_file(pathlib.Path(out) / "model.safetensors") for out in (a, b))
+    assert a.keys() == b.keys()
+    worst = max((a[name] - b[name]).abs().max().item() for name in a)
+    assert worst <= atol, worst

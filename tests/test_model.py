@@ -170,12 +170,12 @@ class Device:
         self.logits, self.cache, self.rope = model.decoder.prefill(prefix, 6)
 
     def step(self, token, uniform):
-        """What is to be recorded: logits, and numbers that came in, of the device."""
+        """What is to be recorded: logits plus the second input, so that both inputs matter."""
         output = self.decoder.decode_step(token, self.cache, self.rope) + uniform[:, None]
-        self.counts["plain"] += 1
         if self.graph:
-            self.counts["plain"] -= 1
             self.graph.inputs, self.graph.output, self.graph.window = (token, uniform), output, self.window
+        else:
+            self.counts["plain"] += 1
         return output
 
     def replay(self, graph):
@@ -206,13 +206,14 @@ def test_steps_recorded_as_graphs_do_what_steps_do(monkeypatch):
     plain = Device(model, prefix)
     expected = outputs_of(plain.step)
 
-    device = Device(model, prefix)
+    device, before = Device(model, prefix), (tokens.clone(), uniform.clone())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(device))
     monkeypatch.setattr(torch.cuda, "graph", device.record)
     windows_of(monkeypatch, 16)
     close(outputs_of(Graphs(device.step, device.cache)), expected, 1e-5)
     assert device.counts == {"plain": 3, "recorded": 3, "replayed": 33}    # three windows, each begun with a plain step
     assert device.cache.length == plain.cache.length == 56 and device.cache.at == plain.cache.at
+    assert torch.equal(tokens, before[0]) and torch.equal(uniform, before[1])
 
 
 def test_the_three_prefix_rotations_differ_in_what_they_compute():

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from PIL import Image
 
-import data
+import cli
 import sample
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -58,37 +58,16 @@ def test_a_photograph_as_reference_works_with_the_bundled_model_too(tmp_path, ca
     assert json.loads(Image.open(tmp_path / "x.png").info["mentor"])["weights"] == "tiny"
 
 
-def test_a_picture_can_be_made_again_from_its_file_alone(tmp_path):
-    photo = tmp_path / "dog.jpg"
-    photo.write_bytes(pathlib.Path(DOG).read_bytes())
-    draw("--ref", photo, "--prompt", "x", "--n", 2, "--seed", 4, "--top-p", 0.9, "--cfg", 2, "--size", 128,
-         "--out", tmp_path / "a.png")
-    photo.unlink()                                             # the reference travels in the PNG
-    draw("--like", tmp_path / "a-5.png", "--out", tmp_path / "b.png")
+def test_a_png_carries_the_settings_that_make_it_again(tmp_path):
+    given = ["--ref", DOG, "--prompt", "x", "--top-p", 0.9, "--cfg", 2, "--size", 128]
+    draw(*given, "--n", 2, "--seed", 4, "--out", tmp_path / "a.png")
+    draw(*given, "--seed", 5, "--out", tmp_path / "b.png")
     assert pixels(tmp_path / "b.png") == pixels(tmp_path / "a-5.png") != pixels(tmp_path / "a-4.png")
-    draw("--like", tmp_path / "a.png", "--out", tmp_path / "c.png")
-    assert pixels(tmp_path / "c.png") == pixels(tmp_path / "a.png")
-    draw("--like", tmp_path / "a-5.png", "--seed", 4, "--out", tmp_path / "d.png")
-    assert pixels(tmp_path / "d.png") == pixels(tmp_path / "a-4.png")
-    settings = json.loads(Image.open(tmp_path / "d.png").info["mentor"])
-    assert settings == {"prompt": "The dog in <image>.\nx", "text": "x", "task": None, "subjects": ["dog"], "seed": 4,
-                        "n": 1, "size": 128, "weights": "random", "prefix_rope": "identity",
-                        "dtype": "fp32", "cfg_scale": 2.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.9, "refs": 1}
-
-
-def test_a_setting_changed_in_a_picture_made_earlier_leaves_the_others(tmp_path):
-    def settings_of(*args):
-        draw(*args, "--out", tmp_path / "b.png")
-        return json.loads(Image.open(tmp_path / "b.png").info["mentor"])
-    draw("--ref", DOG, "--prompt", "x", "--seed", 4, "--top-k", 9, "--size", 32, "--out", tmp_path / "a.png")
-    like = ["--like", tmp_path / "a.png"]
-    assert settings_of(*like, "--prompt", "y")["prompt"] == "The dog in <image>.\ny"
-    assert settings_of(*like, "--subject", "corgi")["prompt"] == "The corgi in <image>.\nx"
-    assert settings_of(*like, "--ref", ROOT / "assets" / "penguin.png")["prompt"] == "The penguin in <image>.\nx"
-    assert settings_of(*like, "--task", "segment")["prompt"] == "The dog in <image>."
-    other = settings_of(*like, "--weights", "tiny")            # brings its own rotation, size and sampling
-    assert (other["prompt"], other["seed"], other["weights"]) == ("The dog in <image>.\nx", 4, "tiny")
-    assert (other["prefix_rope"], other["size"], other["top_k"]) == ("grid", 64, 512)
+    settings = {name: json.loads(Image.open(tmp_path / name).info["mentor"]) for name in ("a.png", "a-5.png", "b.png")}
+    assert settings["a-5.png"] == settings["b.png"] == {
+        "prompt": "The dog in <image>.\nx", "refs": [DOG], "seed": 5, "n": 1, "size": 128, "weights": "random",
+        "prefix_rope": "identity", "dtype": "fp32", "cfg_scale": 2.0, "temperature": 1.0, "top_k": 1000, "top_p": 0.9}
+    assert settings["a.png"] == settings["b.png"] | {"seed": 4, "n": 2}
 
 
 @pytest.mark.parametrize("args, prompt", [
@@ -104,11 +83,6 @@ def test_the_prompt_follows_the_template_of_its_task(tmp_path, args, prompt):
     draw(*args, "--size", 64, "--out", tmp_path / "x.png")
     settings = json.loads(Image.open(tmp_path / "x.png").info["mentor"])
     assert settings["prompt"] == prompt
-
-
-def test_names_of_files_become_subjects():
-    assert data.subject_of("photos/dog.jpg") == "dog"
-    assert data.subject_of("/a/red_boot-03.JPG") == data.subject_of("/a/red_boot/03.jpg") == "red boot"
 
 
 @pytest.mark.parametrize("args, said", [
@@ -128,20 +102,19 @@ def test_names_of_files_become_subjects():
     (["--prompt", "x", "--top-p", "1.1"], "top-p is 1.1"),
     (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
     (["--prompt", "x", "--cfg", "nan"], "guidance scale is nan"),
-    (["--prompt", "x", "--n", "0"], "--n is 0"),
-    (["--prompt", "x", "--seed", "-1"], "--seed is -1"),
+    (["--prompt", "x", "--n", "0"], "argument --n: must be a whole number above 0, not 0"),
+    (["--prompt", "x", "--seed", "-1"], "argument --seed: must be a whole number, 0 or above, not -1"),
+    (["--prompt", "x", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     (["--prompt", "x", "--size", "512"], "up to 256 pixels"),
     (["--prompt", "x", "--size", "100"], "steps of 16, not 100"),
     (["--prompt", "x", "--device", "teapot"], "--device teapot does not work here"),
     (["--prompt", "x", "--weights", "no such thing"], "no such folder of weights"),
-    (["--prompt", "x", "--weights", "random-XXXL"], "no such size"),
-    (["--like", DOG], "dog.jpg: carries no settings"),
-    (["--like", "gone.png"], "gone.png: no such file")])
+    (["--prompt", "x", "--weights", "random-XXXL"], "no such size")])
 def test_bad_input_is_one_clear_sentence_and_leaves_no_file(tmp_path, capsys, monkeypatch, args, said):
     weights = [] if "--weights" in args else RANDOM
     monkeypatch.setattr(sys, "argv", ["sample.py", *weights, *args, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as end:
-        data.run(sample.main)
+        cli.run(sample.main)
     printed = capsys.readouterr()
     assert end.value.code == 2 and said in printed.err and "Traceback" not in printed.err
     assert printed.err.strip().splitlines()[-1].startswith("sample.py: error: ")
@@ -150,8 +123,8 @@ def test_bad_input_is_one_clear_sentence_and_leaves_no_file(tmp_path, capsys, mo
 
 def test_an_output_that_cannot_be_written_is_found_before_the_model_is_read(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr(sample.Mentor, "from_pretrained", lambda *a, **k: pytest.fail("read the model first"))
-    with pytest.raises(data.InputError, match="cannot be written"):
+    monkeypatch.setattr(sample.weights, "load", lambda *a, **k: pytest.fail("read the model first"))
+    with pytest.raises(cli.InputError, match="cannot be written"):
         draw("--prompt", "x", "--out", tmp_path / "file" / "x.png")
 
 

@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import shutil
@@ -11,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, material
+from conftest import NO_DROPOUT, ROOT, TINY, assert_same_weights, command, finish, log, losses, material, run, write_data
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -23,76 +22,8 @@ from cli import InputError
 from model import Mentor, MentorConfig
 from world.train import main as train_small_model
 
-ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.gradients
-NO_DROPOUT = replace(TINY, decoder=replace(TINY.decoder, dropout=0.0), t5=replace(TINY.t5, dropout=0.0))
 STAGES = list(train.STAGES)
-
-
-def write_data(folder, pictures=6, side=48):
-    """Images with captions and elliptic masks, as `prepare.py folder` reads them, and one row of two objects."""
-    folder.mkdir()
-    for i in range(pictures):
-        stem = f"{('cat', 'dog', 'hat')[i % 3]}-{i:02}"
-        Image.effect_noise((side, side), 60 + 20 * i).convert("RGB").save(folder / f"{stem}.png")
-        (folder / f"{stem}.txt").write_text(f"a {stem[:3]} number {i}")
-        mask = Image.new("L", (side, side))
-        ImageDraw.Draw(mask).ellipse((8, 8, side - 12, side - 8), fill=255)
-        mask.save(folder / f"{stem}.mask.png")
-    prepare.main(["folder", str(folder)])
-    with open(folder / "data.jsonl", "a") as file:
-        file.write(json.dumps({"input_text": "both", "source_image": "cat-00.png", "objects": ["cat", "hat"],
-                               "image_path": ["cat-00.mask.png"] * 2}) + "\n")
-    return str(folder / "data.jsonl")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """-> (folder of a tiny model with all of T5, JSONL)"""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    model = Mentor(NO_DROPOUT, weights.byte_tokenizer(), t5_decoder=True)
-    with torch.no_grad():
-        torch.nn.init.normal_(model.decoder.output.weight, std=0.02)
-        model.vqgan.quantize.embedding.weight.normal_()
-    weights.save(model, folder / "init")
-    return str(folder / "init"), write_data(folder / "data")
-
-
-def command(world, out, *flags, stage="2", steps=3, batch=4):
-    return ["--stage", stage, "--init", world[0], "--data", world[1], "--out", str(out), "--steps", str(steps),
-            "--global-batch", str(batch), "--workers", "0", "--device", "cpu", *map(str, flags)]
-
-
-def run(arguments, processes=1, cwd=ROOT):
-    """train.py in a process of its own, or under torchrun in several."""
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
-        "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *arguments], cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process, code=0):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == code, output[-3000:]
-    return output
-
-
-def log(out):
-    return [json.loads(line) for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def losses(out):
-    return [record["loss"] for record in log(out)]
-
-
-def assert_same_weights(a, b, atol):
-    a, b = (load_file(pathlib.Path(out) / "model.safetensors") for out in (a, b))
-    assert a.keys() == b.keys()
-    worst = max((a[name] - b[name]).abs().max().item() for name in a)
-    assert worst <= atol, worst
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,19 +59,19 @@ def test_only_matrices_decay():
     (["--device", "cuda"], "--device cuda does not work here"),
     (["--init", "out/nowhere/1"], "out/nowhere/1"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
-def test_impossible_runs_are_refused_in_one_sentence(world, tmp_path, flags, said):
+def test_impossible_runs_are_refused_in_one_sentence(toy, tmp_path, flags, said):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(InputError, match=said):
-        train.main([*command(world, tmp_path / "out"), *flags])
+        train.main([*command(toy, tmp_path / "out"), *flags])
 
 
 def test_every_help_text_runs():
     commands = [[f"{name}.py"] for name in ("train", "sample", "prepare", "weights", "eval", "bench")]
     commands += [["-m", f"world.{name}"] for name in ("rows", "train", "evaluate")]
-    for command in commands:
-        result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 0 and "usage" in result.stdout, (command, result.stderr)
+    for script in commands:
+        result = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0 and "usage" in result.stdout, (script, result.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +100,7 @@ def test_data_lies_in_a_folder_of_the_stage_or_in_data_itself(tmp_path, monkeypa
         train.main(["--stage", "1"])
 
 
-def test_weights_that_a_stage_starts_from_are_named_with_the_command_that_makes_them(world, tmp_path, monkeypatch):
+def test_weights_that_a_stage_starts_from_are_named_with_the_command_that_makes_them(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for stage, said in (("2", "stage 2 starts from out/mentor/1, which is not there; make it by `python train.py --stage "
@@ -177,25 +108,25 @@ def test_weights_that_a_stage_starts_from_are_named_with_the_command_that_makes_
                         ("connector", "stage connector starts from generator, which `python weights.py convert generator "
                                       "out/generator` fetches")):
         with pytest.raises(InputError) as error:
-            train.main(["--stage", stage, "--data", world[1], "--workers", "0"])
+            train.main(["--stage", stage, "--data", toy[1], "--workers", "0"])
         assert said in str(error.value)
 
 
-def test_an_untrained_connector_that_stays_as_it_is_is_refused_unless_no_image_passes_it(world, tmp_path):
-    model = weights.load(world[0])
+def test_an_untrained_connector_that_stays_as_it_is_is_refused_unless_no_image_passes_it(toy, tmp_path):
+    model = weights.load(toy[0])
     model.config = replace(model.config, untrained=("encoder.connector",))
     weights.save(model, tmp_path / "start")
     start = ["--init", str(tmp_path / "start")]
     with pytest.raises(InputError, match="no trained connector, and stage 1 leaves it as it is.*--stage connector"):
-        train.main([*command(world, tmp_path / "1", stage="1", steps=1), *start])
-    train.main([*command(world, tmp_path / "rope", stage="rope", steps=1), *start])
+        train.main([*command(toy, tmp_path / "1", stage="1", steps=1), *start])
+    train.main([*command(toy, tmp_path / "rope", stage="rope", steps=1), *start])
     assert weights.load(tmp_path / "rope").config.untrained == ("encoder.connector",)
 
 
-def test_a_used_folder_is_refused_in_one_sentence(world, tmp_path):
-    train.main(command(world, tmp_path, steps=1))
+def test_a_used_folder_is_refused_in_one_sentence(toy, tmp_path):
+    train.main(command(toy, tmp_path, steps=1))
     with pytest.raises(InputError, match="holds another run; go on with it by --resume, or choose another --out"):
-        train.main(command(world, tmp_path, steps=1))
+        train.main(command(toy, tmp_path, steps=1))
     assert len(weights.checkpoints(tmp_path)) == 1 and len(losses(tmp_path)) == 1
 
 
@@ -222,9 +153,9 @@ def test_under_torchrun_a_mistake_is_said_once(tmp_path):
 # Every stage
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(world, tmp_path, stage):
-    train.main([*command(world, tmp_path, "--val", world[1], "--sample-every", 2, stage=stage, steps=4)])
-    before, after = load_file(f"{world[0]}/model.safetensors"), load_file(tmp_path / "model.safetensors")
+def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(toy, tmp_path, stage):
+    train.main([*command(toy, tmp_path, "--val", toy[1], "--sample-every", 2, stage=stage, steps=4)])
+    before, after = load_file(f"{toy[0]}/model.safetensors"), load_file(tmp_path / "model.safetensors")
     for name in after.keys() & before.keys():
         trains = name.startswith(train.STAGES[stage].trains)
         if not trains:
@@ -243,24 +174,24 @@ def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(wor
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_runs_on_two_processes(world, tmp_path, stage):
-    finish(run(command(world, tmp_path, stage=stage, steps=1), processes=2))
+def test_each_stage_runs_on_two_processes(toy, tmp_path, stage):
+    finish(run(command(toy, tmp_path, stage=stage, steps=1), processes=2))
     assert len(losses(tmp_path)) == 1 and (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("stage", ["1", "connector"])
-def test_accumulating_4_x_1_equals_1_x_4(world, tmp_path, stage):
+def test_accumulating_4_x_1_equals_1_x_4(toy, tmp_path, stage):
     for micro in (1, 4):
-        train.main(command(world, tmp_path / str(micro), "--micro-batch", micro, stage=stage))
+        train.main(command(toy, tmp_path / str(micro), "--micro-batch", micro, stage=stage))
     np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "4"), rtol=1e-5)
     assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
 
 
 @pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
-def test_two_processes_equal_one_on_the_same_global_batch(world, tmp_path, fsdp):
-    flags = ["--micro-batch", 1, "--val", world[1], "--sample-every", 2]
-    finish(run(command(world, tmp_path / "two", *flags, fsdp), processes=2))
-    train.main(command(world, tmp_path / "one", *flags))
+def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
+    flags = ["--micro-batch", 1, "--val", toy[1], "--sample-every", 2]
+    finish(run(command(toy, tmp_path / "two", *flags, fsdp), processes=2))
+    train.main(command(toy, tmp_path / "one", *flags))
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in two], rtol=1e-5)
     np.testing.assert_allclose([r["grad_norm"] for r in one], [r["grad_norm"] for r in two], rtol=1e-4)
@@ -276,9 +207,9 @@ def test_two_processes_equal_one_on_the_same_global_batch(world, tmp_path, fsdp)
 # Interruption
 
 @pytest.mark.parametrize("processes, fsdp", [(1, "--no-fsdp"), (2, "--no-fsdp"), (2, "--fsdp")])
-def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(world, tmp_path, processes, fsdp):
+def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(toy, tmp_path, processes, fsdp):
     def arguments(out, *more):
-        return command(world, out, "--micro-batch", 1, "--save-every", 4, fsdp, *more, stage="1", steps=14, batch=8)
+        return command(toy, out, "--micro-batch", 1, "--save-every", 4, fsdp, *more, stage="1", steps=14, batch=8)
     finish(run(arguments(tmp_path / "whole"), processes))
     process = run(arguments(tmp_path / "cut"), processes)
     while not weights.checkpoints(tmp_path / "cut"):
@@ -293,62 +224,62 @@ def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(world, tmp_path
     assert_same_weights(tmp_path / "cut", tmp_path / "whole", 0)
 
 
-def test_resuming_with_dropout_is_exact_too(world, tmp_path):
+def test_resuming_with_dropout_is_exact_too(toy, tmp_path):
     for stage, init in (("2", ["--init", "random", "--size", "32"]), ("connector", [])):
         whole, cut = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-cut"
-        train.main([*command(world, whole, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
-        train.main([*command(world, cut, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
+        train.main([*command(toy, whole, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
+        train.main([*command(toy, cut, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *init])
         for late in ("step-00000004", "step-00000006"):
             shutil.rmtree(cut / late)
-        train.main([*command(world, cut, "--resume", stage=stage, steps=6), *init])
+        train.main([*command(toy, cut, "--resume", stage=stage, steps=6), *init])
         assert losses(cut) == losses(whole)
         assert_same_weights(cut, whole, 0)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "training.json", "config.json"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(world, tmp_path, file, capsys):
-    train.main(command(world, tmp_path, "--save-every", 1, steps=3))
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(toy, tmp_path, file, capsys):
+    train.main(command(toy, tmp_path, "--save-every", 1, steps=3))
     before = losses(tmp_path)
     newest = weights.checkpoints(tmp_path)[0] + "/" + file
     os.replace(newest, newest + ".whole")
     content = pathlib.Path(newest + ".whole").read_bytes()
     pathlib.Path(newest).write_bytes(content[:len(content) // 2])
     os.remove(newest + ".whole")
-    train.main(command(world, tmp_path, "--resume", steps=3))
+    train.main(command(toy, tmp_path, "--resume", steps=3))
     printed = capsys.readouterr()
     assert "step-00000003" in printed.out + printed.err and "falling back" in printed.out + printed.err
     assert losses(tmp_path) == before
 
 
-def test_a_resumed_run_must_be_the_same_run(world, tmp_path):
-    train.main(command(world, tmp_path, steps=2))
+def test_a_resumed_run_must_be_the_same_run(toy, tmp_path):
+    train.main(command(toy, tmp_path, steps=2))
     for flag, value, said in (("--seed", 5, "seed 0, not 5"), ("--init", "random", "init .*, not random"),
                               ("--prefix-rope", "zero", "prefix_rope identity, not zero"),
                               ("--prefix-tokens", 200, "prefix_tokens 512, not 200"),
                               ("--lr", 1e-3, "lr 0.0001, not 0.001"), ("--without", "t2i", "tasks "),
-                              ("--data", world[1], "data ")):
+                              ("--data", toy[1], "data ")):
         with pytest.raises(InputError, match=f"started with {said}"):
-            train.main(command(world, tmp_path, "--resume", flag, value, steps=2))
+            train.main(command(toy, tmp_path, "--resume", flag, value, steps=2))
 
 
-def test_data_to_validate_on_must_serve_the_stage(world, tmp_path):
+def test_data_to_validate_on_must_serve_the_stage(toy, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"source_image": "a.png", "input_text": "x"}\n')          # reconstruction, which stage 2 lacks
     with pytest.raises(InputError, match="other.jsonl: holds no row of this stage's tasks"):
-        train.main(command(world, tmp_path, "--val", other, stage="2"))
+        train.main(command(toy, tmp_path, "--val", other, stage="2"))
 
 
-def test_training_a_connector_makes_references_welcome(world, tmp_path):
-    model = weights.load(world[0])
+def test_training_a_connector_makes_references_welcome(toy, tmp_path):
+    model = weights.load(toy[0])
     model.config = replace(model.config, untrained=("encoder.connector",))
     weights.save(model, tmp_path / "start")
-    train.main([*command(world, tmp_path / "2", stage="2", steps=1), "--init", str(tmp_path / "start")])
+    train.main([*command(toy, tmp_path / "2", stage="2", steps=1), "--init", str(tmp_path / "start")])
     assert weights.load(tmp_path / "2").config.untrained == ()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_before_leaving_and_the_newest_checkpoints_are_kept(world, tmp_path, processes):
-    process = run(command(world, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=400, batch=8),
+def test_sigterm_saves_before_leaving_and_the_newest_checkpoints_are_kept(toy, tmp_path, processes):
+    process = run(command(toy, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=400, batch=8),
                   processes)
     while len(weights.checkpoints(tmp_path)) < 2:
         time.sleep(0.01)
@@ -361,48 +292,48 @@ def test_sigterm_saves_before_leaving_and_the_newest_checkpoints_are_kept(world,
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_its_samples_and_a_saved_state(world, tmp_path):
-    model = weights.load(world[0])
+def test_a_loss_that_is_not_finite_stops_with_its_step_its_samples_and_a_saved_state(toy, tmp_path):
+    model = weights.load(toy[0])
     with torch.no_grad():
         model.decoder.norm.weight[0] = float("inf")
     weights.save(model, tmp_path / "broken")
     with pytest.raises(InputError, match="step 0: the loss is nan.*data.jsonl:"):
-        train.main([*command(world, tmp_path / "out"), "--init", str(tmp_path / "broken")])
+        train.main([*command(toy, tmp_path / "out"), "--init", str(tmp_path / "broken")])
     assert (tmp_path / "out" / "nonfinite-step-0" / "model.safetensors").exists()
 
 
-def test_damaged_samples_are_skipped_and_named_and_too_many_stop_the_run(world, tmp_path, capsys):
+def test_damaged_samples_are_skipped_and_named_and_too_many_stop_the_run(toy, tmp_path, capsys):
     jsonl = pathlib.Path(write_data(tmp_path / "data"))
     good = jsonl.read_text()
     jsonl.write_text(good + '{"source_image": "gone.png", "input_text": "x", "generation_only": true}\n{broken\n')
-    train.main([*command(world, tmp_path / "out", steps=4), "--data", str(jsonl)])
+    train.main([*command(toy, tmp_path / "out", steps=4), "--data", str(jsonl)])
     printed = capsys.readouterr()
     assert f"data.jsonl:{len(good.splitlines()) + 2}" in printed.out + printed.err
     for picture in (tmp_path / "data").glob("*.png"):
         picture.write_bytes(b"damaged")
     with pytest.raises(InputError, match="fix the data"):
-        train.main(["--stage", "1", "--init", world[0], "--data", str(jsonl), "--out", str(tmp_path / "none"),
+        train.main(["--stage", "1", "--init", toy[0], "--data", str(jsonl), "--out", str(tmp_path / "none"),
                     "--steps", "9", "--global-batch", "4", "--workers", "0"])
 
 
-def test_tokens_encoded_ahead_train_exactly_as_pictures_do(world, tmp_path):
-    prepare.main(["encode", world[1], "--weights", world[0], "--out", str(tmp_path / "codes"), "--workers", "0"])
-    train.main(command(world, tmp_path / "pictures"))
-    train.main(command(world, tmp_path / "tokens", "--codes", tmp_path / "codes", "--sample-every", 3))
+def test_tokens_encoded_ahead_train_exactly_as_pictures_do(toy, tmp_path):
+    prepare.main(["encode", toy[1], "--weights", toy[0], "--out", str(tmp_path / "codes"), "--workers", "0"])
+    train.main(command(toy, tmp_path / "pictures"))
+    train.main(command(toy, tmp_path / "tokens", "--codes", tmp_path / "codes", "--sample-every", 3))
     np.testing.assert_allclose(losses(tmp_path / "tokens"), losses(tmp_path / "pictures"), rtol=1e-6)
-    other = weights.load(world[0])
+    other = weights.load(toy[0])
     other.vqgan.quantize.embedding.weight.data.neg_()
     weights.save(other, tmp_path / "other")
     with pytest.raises(InputError, match="codes.safetensors: made with another VQGAN"):
-        train.main([*command(world, tmp_path / "x", "--codes", tmp_path / "codes"), "--init", str(tmp_path / "other")])
+        train.main([*command(toy, tmp_path / "x", "--codes", tmp_path / "codes"), "--init", str(tmp_path / "other")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cost
 
 @pytest.mark.parametrize("flags", [[], ["--checkpoint-activations"], ["--fsdp"]])
-def test_the_start_prints_parts_batch_memory_and_steps(world, tmp_path, capsys, flags):
-    train.main([*command(world, tmp_path, *flags, steps=1)])
+def test_the_start_prints_parts_batch_memory_and_steps(toy, tmp_path, capsys, flags):
+    train.main([*command(toy, tmp_path, *flags, steps=1)])
     printed = capsys.readouterr().out
     for part in ("encoder.clip", "frozen", "decoder", "trains", "4 samples x 1 ranks x 1 micro-batches = 4",
                  "memory per rank", "activations (4 samples)", "steps: 1"):

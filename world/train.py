@@ -40,7 +40,7 @@ SMALL = MentorConfig(      # 6.1 M parameters, 2.0 M of them in the decoder
     prefix_tokens=128, image_size=64, sampling=Sampling(cfg_scale=2.0, temperature=0.9, top_k=512, top_p=0.8))
 
 STAGES = {      # an epoch is 100,000 samples
-    "vqgan": Stage(("vqgan",), {"picture": 1}, "random", global_batch=32, lr=1.5e-3, epochs=0.768, prefix_tokens=128,
+    "vqgan": Stage(("vqgan",), {"picture": 1}, "random", global_batch=32, lr=1.5e-3, epochs=0.768, prefix_tokens=None,
                    micro=32),
     "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 50, "reconstruct": 25, "segment": 25},
                       "out/tiny/vqgan", global_batch=32, lr=3e-3, epochs=0.48, prefix_tokens=128, micro=16),

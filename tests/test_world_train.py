@@ -1,0 +1,198 @@
+"""The small model's own stages: its objective of pretraining, its optimizers, and all stages one after the other."""
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_same_weights, command, finish, log, losses, run
+from PIL import Image
+from safetensors.torch import load_file
+from test_world_tokenizer import lpips_files
+
+import data
+import train
+import weights
+from cli import InputError
+from model import Mentor
+from world import train as world_train
+from world.train import PretrainObjective
+
+pytestmark = pytest.mark.gradients
+PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16)     # 2 x 2 over 4 x 4 tokens
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--stage", "rope"], "invalid choice: 'rope'"),
+    (["--stage", "pretrain", "--size", "48"], "take a multiple of 32"),
+    (["--stage", "vqgan", "--fsdp"], "--fsdp is for large models"),
+    (["--stage", "pretrain", "--fsdp"], "--fsdp is for large models"),
+    (["--stage", "1", "--adversarial", "0.1"], "--adversarial and --lpips are for --stage vqgan"),
+    (["--stage", "vqgan", "--adversarial", "-1"], "argument --adversarial: must be 0 or above"),
+    (["--stage", "vqgan", "--lpips", "VGG", "VGG"], "do not hold VGG-16 and LPIPS' heads")])
+def test_impossible_runs_are_refused_in_one_sentence(tmp_path, flags, said):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "vgg.pth")
+    flags = [str(tmp_path / "vgg.pth") if flag == "VGG" else flag for flag in flags]
+    with pytest.raises(InputError, match=said):
+        world_train.main([*flags, "--init", "random", "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_a_stage_whose_start_is_missing_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="starts from out/tiny/pretrain.*make it by `python -m world.train --stage pretr"):
+        world_train.main(["--stage", "1"])
+
+
+def test_muon_moves_the_hidden_matrices_and_adamw_the_rest():
+    torch.manual_seed(0)
+    objective = train.TokenObjective(Mentor(TINY))
+    optimizers = world_train.make_optimizers(objective, replace(world_train.STAGES["2"], lr=1e-3))
+    for p in objective.parameters():
+        p.grad = torch.randn_like(p)
+    before = {name: p.detach().clone() for name, p in objective.mentor.named_parameters()}
+    for optimizer in optimizers:
+        optimizer.step()
+    state = {p: set(values) for optimizer in optimizers for p, values in optimizer.state.items()}
+    kinds = {name: state[p] for name, p in objective.mentor.named_parameters()}
+    for name in ("decoder.layers.0.feed_forward.w1.weight", "encoder.connector.0.weight"):
+        assert "momentum_buffer" in kinds[name]
+    for name in ("decoder.output.weight", "decoder.tok_embeddings.weight", "decoder.norm.weight"):
+        assert "exp_avg" in kinds[name]
+    assert all((before[name] != p).any() for name, p in objective.mentor.named_parameters())
+    name, weight = "decoder.layers.0.feed_forward.w1.weight", objective.mentor.decoder.layers[0].feed_forward.w1.weight
+    values = torch.linalg.svdvals(before[name] * (1 - 1e-3 * train.WEIGHT_DECAY) - weight)
+    assert values.max() / values.min() < 2.5                   # every direction moves about alike
+
+
+def test_the_tokenizer_takes_a_perceptual_loss_and_does_without_a_discriminator(toy, tmp_path):
+    paths = [str(tmp_path / name) for name in ("vgg.pth", "heads.pth")]
+    for path, tensors in zip(paths, lpips_files()):
+        torch.save(tensors, path)
+    for name, flags in {"plain": [], "lpips": ["--lpips", *paths]}.items():
+        world_train.main([*command(toy, tmp_path / name, "--adversarial", 0, stage="vqgan", steps=1), *flags])
+    assert losses(tmp_path / "lpips")[0] > losses(tmp_path / "plain")[0]
+    assert not [key for key in load_file(tmp_path / "plain/step-00000001/training.safetensors") if "discr" in key]
+
+
+def test_the_tokenizer_of_other_weights_trains_on_the_images_of_files_and_nothing_else_moves(toy, tmp_path):
+    world_train.main(command(toy, tmp_path, "--val", toy[1], "--adversarial", 0.1, "--sample-every", 2, stage="vqgan",
+                             steps=4))
+    before, after = load_file(f"{toy[0]}/model.safetensors"), load_file(tmp_path / "model.safetensors")
+    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"vqgan"} and "val" in log(tmp_path)[1] and (tmp_path / "loss.png").exists()
+    assert Image.open(tmp_path / "samples-00000004.png").size[0] > 200
+    assert [key for key in load_file(tmp_path / "step-00000004/training.safetensors") if "discr" in key]
+
+
+def test_accumulating_4_x_1_equals_1_x_4(toy, tmp_path):
+    for micro in (1, 4):
+        world_train.main(command(toy, tmp_path / str(micro), "--micro-batch", micro, stage="vqgan"))
+    np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "4"), rtol=1e-5)
+    assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
+
+
+@pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
+def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
+    flags = command(toy, "out", "--micro-batch", 1, "--val", toy[1], "--sample-every", 2, "--init", "random")
+    finish(run([*flags, "--out", str(tmp_path / "two"), fsdp], processes=2, module="world.train"))
+    world_train.main([*flags, "--out", str(tmp_path / "one")])
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    # Muon orthogonalises in bf16, so gradients that differ in the last bit of fp32 move a matrix differently
+    np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in two], rtol=1e-4)
+    np.testing.assert_allclose([r["grad_norm"] for r in one], [r["grad_norm"] for r in two], rtol=1e-2)
+    for task, loss in one[1]["val"].items():
+        assert two[1]["val"][task] == pytest.approx(loss, rel=1e-3)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-3)
+
+
+def test_resuming_with_muon_the_tokenizer_and_its_discriminator_is_exact_too(toy, tmp_path):
+    for stage, start in (("vqgan", ["--adversarial", "0.1"]), ("1", ["--init", "random"])):
+        whole, cut = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-cut"
+        for out in (whole, cut):
+            world_train.main([*command(toy, out, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *start])
+        for late in ("step-00000004", "step-00000006"):
+            shutil.rmtree(cut / late)
+        world_train.main([*command(toy, cut, "--resume", stage=stage, steps=6), *start])
+        assert losses(cut) == losses(whole)
+        assert_same_weights(cut, whole, 0)
+
+
+def test_the_small_model_trains_stage_after_stage_from_nothing_on_painted_images(tmp_path, monkeypatch):
+    flags = ["--steps", "3", "--global-batch", "4", "--workers", "0", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)                                # each stage starts from the one before in out/tiny
+    monkeypatch.setattr(train, "VAL_SAMPLES", 4)
+    for stage in world_train.STAGES:
+        world_train.main(["--stage", stage, *flags])
+    model = weights.load("out/tiny/2")
+    batch = data.collate([model.processor("The dog face in <image>.\na dog face", [Image.new("RGB", (64, 64))])])
+    assert model.sample(batch, [0]).shape == (1, 3, 64, 64)
+    assert model.config.decoder.prefix_rope == "grid" and len(log("out/tiny/2")) == 3
+    finish(run(["--stage", "pretrain", *flags, "--init", str(tmp_path / "out/tiny/vqgan"), "--out",
+                str(tmp_path / "two"), "--micro-batch", "1"], processes=2, module="world.train"))
+    world_train.main(["--stage", "pretrain", *flags, "--out", "one", "--micro-batch", "1"])
+    np.testing.assert_allclose(losses("one"), losses(tmp_path / "two"), rtol=1e-3)
+
+
+@pytest.mark.full
+def test_a_new_tokenizer_learns_the_same_on_two_processes_before_and_after_its_codes_are_placed(tmp_path):
+    flags = ["--stage", "vqgan", "--init", "random", "--steps", "101", "--global-batch", "2", "--micro-batch", "1",
+             "--size", "16", "--workers", "0", "--device", "cpu"]          # 3 steps do not quantize
+    finish(run([*flags, "--out", str(tmp_path / "two")], processes=2, module="world.train"))
+    world_train.main([*flags, "--out", str(tmp_path / "one")])
+    np.testing.assert_allclose(losses(tmp_path / "one")[:10], losses(tmp_path / "two")[:10], rtol=1e-3)
+    assert len(losses(tmp_path / "two")) == 101
+
+
+def test_predicting_aligned_tokens_pairs_each_patch_with_the_tokens_under_it():
+    model = Mentor(PATCHES)
+    objective = PretrainObjective(model)
+    tokens = torch.arange(16).view(1, 16)
+    prefix = model.prefix(torch.full((1, 4), TINY.image_id), torch.ones(1, 4, dtype=torch.bool),
+                          torch.randn(1, 3, 56, 56))
+    under = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
+    codes = torch.nn.functional.normalize(model.vqgan.quantize.embedding.weight, dim=-1)
+    objective.token_head.forward = lambda rows: codes[under].flatten(1)                       # (P, 4 * e), certain
+    objective.logit_scale.data.fill_(5000.0)
+    assert objective.token_losses(prefix, tokens) < 1e-6
+    assert (objective.token_losses(prefix, tokens.flip(1)) > 1000).all()
+
+
+def test_pretraining_predicts_tokens_where_they_are_aligned_and_writes_them_where_they_are_not():
+    model = Mentor(PATCHES).eval()
+    torch.nn.init.normal_(model.decoder.output.weight)         # zero at first, which would see no difference
+    objective = PretrainObjective(model).eval()
+    ids = torch.tensor([[TINY.image_id] * 4 + [7, 8], [7, 8, 9, 0, 0, 0], [TINY.image_id] * 4 + [9, 0]])
+    batch = {"ids": ids, "mask": ids > 0, "refs": torch.randn(2, 3, 56, 56), "tokens": torch.randint(64, (3, 16)),
+             "task": ["segment", "t2i", "reconstruct"]}
+    alone = train.TokenObjective(model)({**batch, "ids": ids[1:2, :3], "mask": ids[1:2, :3] > 0, "refs": None,
+                                         "tokens": batch["tokens"][1:2]})
+    values = objective(batch)
+    prefix = model.prefix(ids[1:2, :3], ids[1:2, :3] > 0)
+    thumbnail = objective.thumbnail_losses(prefix, model.vqgan.decode(batch["tokens"][1:2]))  # the caption's image
+    torch.testing.assert_close(values[1:2], alone + thumbnail)
+    predicted = objective.thumbnail_head(prefix.rows[:, -1]).view(1, 3, 8, 8)
+    assert objective.thumbnail_losses(prefix, predicted) < 1e-9
+    values[[0, 2]].sum().backward()
+    assert model.encoder.clip.patch_embed.weight.grad.abs().sum() > 0
+    assert model.decoder.tok_embeddings.weight.grad.abs().sum() == 0      # there, so that no rank waits for it
+    dropped = objective({**batch, "drop": torch.ones(3, dtype=torch.bool)})
+    torch.testing.assert_close(dropped[[0, 2]], values[[0, 2]])           # unconditional rows would teach nothing there
+    assert (dropped[1] - values[1]).abs() > 0
+
+
+def test_pretraining_masks_the_input_of_half_of_the_samples_by_the_sample_alone():
+    tokens = torch.randint(64, (400, 16), generator=torch.Generator().manual_seed(0))
+    masked = PretrainObjective.masked_inputs(tokens)
+    share = masked.float().mean(dim=1)
+    assert masked.shape == (400, 15) and 0.4 < (share > 0).float().mean() < 0.6
+    assert 0.03 < (share == 1).float().mean() < 0.2 and ((share > 0) & (share < 1)).sum() > 100
+    assert torch.equal(PretrainObjective.masked_inputs(tokens[200:]), masked[200:])
+    objective = PretrainObjective(Mentor(PATCHES))
+    mentor = objective.mentor.eval()
+    prefix = mentor.prefix(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.bool))
+    torch.nn.init.normal_(mentor.decoder.output.weight)
+    objective.masked_inputs = lambda tokens: torch.ones(1, 15, dtype=torch.bool)
+    objective.writing_losses(prefix, tokens[:1]).sum().backward()
+    assert mentor.decoder.tok_embeddings.weight.grad.abs().sum() == 0
+    assert objective.mask_embedding.grad.abs().sum() > 0
+    assert not mentor.decoder.tok_embeddings._forward_hooks
