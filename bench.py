@@ -30,9 +30,8 @@ from encoder import MultimodalEncoder
 from model import SIZES, Decoder, Graphs, Mentor, Prefix, Sampling, compile_blocks, sample_tokens
 from train import STAGES, TokenObjective, freeze, make_optimizers
 from vqgan import VQGAN
-from weights import byte_tokenizer
+from weights import DTYPES, byte_tokenizer, use_fast_products
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CARDS = (8, 12, 16, 24)          # GB of common graphics cards
 DOG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "dog.jpg")
 
@@ -123,7 +122,10 @@ def build(make, device, dtype):
         module = make()
     module = module.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for parameter in module.parameters():
-        parameter.uniform_(-0.02, 0.02)
+        if parameter.dim() > 1:
+            parameter.uniform_(-0.02, 0.02)
+        else:
+            parameter.fill_(1.0)
     return module
 
 
@@ -164,6 +166,7 @@ def step_at(length, decoder, token, cache, rope):
 def bench_decode(config, args, device, dtype):
     """Prefill, then decoding steps at several positions; guidance doubles the sequences."""
     decoder = build(lambda: Decoder(config.decoder, config.vision.grid), device, dtype)
+    use_fast_products(decoder)
     if args.compile:
         compile_blocks(decoder)
     sequences = args.batch * (2 if args.guidance else 1)
