@@ -180,19 +180,22 @@ def write_json(path, content):
 # Problems that are counted, processes, signals
 
 class Problems:
-    """Counts what cannot be used, names each problem once through `log`, and stops the run when it is too much."""
+    """Counts what cannot be used, names each problem once through `log`, and stops the run when it is too much.
+
+    Whoever tries a sample counts it in `seen`.
+    """
 
     def __init__(self, log=print, share=0.05, least=20):
         self.log, self.share, self.least = log, share, least
         self.named, self.failed, self.seen = [], 0, 0
 
-    def add(self, problems, seen):
-        """problems: those met in `seen` more samples. InputError once they exceed `share` of `least` or more."""
-        self.failed, self.seen = self.failed + len(problems), self.seen + seen
-        for problem in problems:
-            if problem not in self.named:
-                self.named.append(problem)
-                self.log(f"skipped {problem}")
+    def add(self, problem):
+        """InputError once the problems exceed `share` of `seen`, the samples tried so far, if these are `least` or more.
+        """
+        self.failed += 1
+        if problem not in self.named:
+            self.named.append(problem)
+            self.log(f"skipped {problem}")
         if self.seen >= self.least and self.failed > self.share * self.seen:
             raise InputError(f"{self.failed} problems in {self.seen} samples, more than {self.share:.0%}; fix the "
                              "data:\n" + "\n".join(self.named[:20]))
@@ -279,7 +282,29 @@ def used_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The log of a run: JSON lines with "step", "loss" and at times "val" {task: loss}
+# A training run's folder: checkpoints step-00000500/, and the log, JSON lines with "step", "loss", at times "val"
+
+STEP = re.compile(r"step-(\d{8})$")
+
+
+def checkpoints(out):
+    """All complete checkpoints of a run, newest first."""
+    if not os.path.isdir(out):
+        return []
+    return [os.path.join(out, name) for name in sorted(os.listdir(out), reverse=True) if STEP.match(name)]
+
+
+def claim(out, ranks, resume, replace_old=False):
+    """Makes sure that a new run finds no other in `out`; with replace_old, a run that is there is removed."""
+    used = ranks.sum([bool(checkpoints(out))])[0] > 0 and not resume
+    if used and not replace_old:
+        raise InputError(f"{out}: holds another run; go on with it by --resume, or choose another --out")
+    if ranks.rank == 0:
+        if used:
+            shutil.rmtree(out)
+        probe(os.path.join(out, "log.jsonl"))
+    ranks.barrier()
+
 
 def trim_log(path, steps):
     """Removes what an interrupted run logged behind its last checkpoint, so that no step stands there twice."""

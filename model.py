@@ -451,12 +451,12 @@ class Mentor(nn.Module):
             self.encoder.to("meta")
             self.decoder.to(self.device)
             self.vqgan.to(self.device)
-        tokens = self.generate(prefix, seeds, sampling, size // self.config.vqgan.factor, progress=progress)
+        tokens = self.generate(prefix, seeds, sampling, size // self.vqgan.factor, progress=progress)
         return torch.cat([self.vqgan.decode(row[None]) for row in tokens])                # one by one: it spares memory
 
     def check_size(self, size):
         """Returns the size if these weights can draw it, else raises InputError."""
-        factor, largest = self.config.vqgan.factor, self.config.image_size
+        factor, largest = self.vqgan.factor, self.config.image_size
         if size % factor or not 0 < size <= largest:
             raise InputError(f"these weights draw pictures of up to {largest} pixels a side, in steps of {factor}, "
                              f"not {size}")

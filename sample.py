@@ -66,22 +66,21 @@ def parse(argv):
     where.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks: half a "
                        "minute at the first use, then faster; default: for decoders of 100 M parameters and more")
     args = parser.parse_args(argv)
+    args.example = not (args.prompt or args.ref or args.task)
+    if args.example:
+        args.ref, args.prompt = [EXAMPLE[0]], EXAMPLE[1]
+    if args.task and len(args.ref) != 1:
+        raise InputError(f"--task {args.task} takes one --ref but {len(args.ref)} were given")
     if args.subject and len(args.subject) != len(args.ref):
         raise InputError(f"{len(args.subject)} --subject were given for {len(args.ref)} --ref; --subject names a "
                          f"reference picture, so give one for each or none")
-    return args
-
-
-def prompt_of(args):
-    """The prompt that the network reads: --prompt as it is where it says <image>, else by the template of the task."""
-    if args.task and len(args.ref) != 1:
-        raise InputError(f"--task {args.task} takes one --ref but {len(args.ref)} were given")
-    if data.IMAGE in args.prompt:
-        return args.prompt
     if not args.task and not args.prompt.strip():
         raise InputError('there is nothing to draw; add --prompt "..."')
-    subjects = args.subject or [cli.subject_of(path) for path in args.ref]
-    return data.prompt_for(args.task or ("subject" if args.ref else "t2i"), subjects, args.prompt)
+    args.task = args.task or ("subject" if args.ref else "t2i")
+    given = {name: getattr(args, name) for name in ("cfg_scale", "temperature", "top_k", "top_p")}
+    args.sampling = {name: value for name, value in given.items() if value is not None}
+    args.subject = args.subject or list(map(cli.subject_of, args.ref))
+    return args
 
 
 def out_name(out, prompt):
@@ -100,8 +99,10 @@ def save(image, path, settings):
         image.save(temporary, "PNG", pnginfo=chunks)
 
 
-def save_all(images, path, settings):
-    """One image to `path`; several beside it, each with its own seed, and a contact sheet to `path`."""
+def save_all(images, out, settings):
+    """One image to the file that `out_name` gives; several beside it, each with its own seed, and there a contact sheet.
+    """
+    path = out_name(out, settings["prompt"])
     factor = max(1, VIEW // images[0].width)
     images = [image.resize((factor * image.width, factor * image.height), Image.BICUBIC) for image in images]
     if len(images) == 1:
@@ -118,19 +119,14 @@ def save_all(images, path, settings):
 def main(argv=None):
     """The command line: prompt and references, model, images, files."""
     args = parse(argv)
-
-    # what to draw, checked before anything slow begins
-    example = not (args.prompt or args.ref or args.task)
-    if example:
-        args.ref, args.prompt = [EXAMPLE[0]], EXAMPLE[1]
-    prompt, images = prompt_of(args), [data.open_image(path) for path in args.ref]
-    path = out_name(args.out, prompt)
-    cli.probe(path)
+    images = list(map(data.open_image, args.ref))
     device = cli.pick_device(args.device)
+    cli.probe(args.out if args.out.lower().endswith(".png") else os.path.join(args.out, "picture.png"))
     dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
 
     # the model
-    mentor = weights.load(args.weights, device, weights.DTYPES[dtype], prefix_rope=args.prefix_rope, offload=args.offload)
+    mentor = weights.load(args.weights, device, weights.DTYPES[dtype], prefix_rope=args.prefix_rope,
+                          offload=args.offload)
     if args.weights == "tiny":
         print(ABOUT_TINY)
     if args.weights.startswith("random"):
@@ -139,22 +135,22 @@ def main(argv=None):
         args.compile = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
     if args.compile:
         model.compile_blocks(mentor.decoder)
-    flags = {name: getattr(args, name) for name in asdict(mentor.config.sampling)}
-    given = {name: value for name, value in flags.items() if value is not None}
-    sampling = replace(mentor.config.sampling, **given)
 
     # the images
+    prompt = args.prompt
+    if data.IMAGE not in prompt:               # else it is taken as it is
+        prompt = data.prompt_for(args.task, args.subject, prompt)
     print(f"prompt: {prompt!r}\ndevice: {device}, {dtype}")
-    start = time.perf_counter()
+    start, sampling = time.perf_counter(), replace(mentor.config.sampling, **args.sampling)
     batch = data.collate([mentor.processor(prompt, images)])
     pixels = mentor.sample(batch, range(args.seed, args.seed + args.n), sampling, args.size, progress=True,
                            offload=args.offload)                                          # (n, 3, size, size)
     seconds, size = time.perf_counter() - start, pixels.size(-1)
     settings = {"prompt": prompt, "refs": args.ref, "seed": args.seed, "n": args.n, "size": size, "dtype": dtype,
                 "weights": args.weights, "prefix_rope": mentor.config.decoder.prefix_rope, **asdict(sampling)}
-    save_all([data.to_image(image) for image in pixels], path, settings)
+    save_all(list(map(data.to_image, pixels)), args.out, settings)
     print(f"{seconds / args.n:.1f} s a picture of {size} x {size} pixels")
-    if example:
+    if args.example:
         print(MORE_EXAMPLES)
 
 

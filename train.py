@@ -195,13 +195,13 @@ class TokenObjective(nn.Module):
 
     def __init__(self, mentor):
         super().__init__()
-        self.mentor = mentor
+        self.mentor, self.tokens = mentor, (mentor.config.image_size // mentor.vqgan.factor)**2
 
     def elements(self, batch):
         """Of how many terms each sample's loss is the sum. -> (B,)"""
         if "labels" in batch:
             return (batch["labels"] != -100).sum(dim=1)
-        return torch.full((len(batch["ids"]),), self.mentor.config.grid**2)
+        return torch.full((len(batch["ids"]),), self.tokens)
 
     def forward(self, batch):
         return self.mentor(batch).sum(dim=1)                                              # (B,)
@@ -321,8 +321,8 @@ def load_start(args, stage, log, command="train.py"):
         raise InputError(f"stage {args.stage} starts from {stage.init}, which is not there; make it by `python {command} "
                          f"--stage {name}`, or name other weights by --init")
     try:
-        return weights.load(stage.init, prefix_rope=stage.prefix_rope, prefix_tokens=stage.prefix_tokens,
-                            t5_decoder="caption" in stage.tasks, log=log)
+        return weights.load(stage.init, t5_decoder="caption" in stage.tasks, log=log, prefix_rope=stage.prefix_rope,
+                            prefix_tokens=stage.prefix_tokens, image_size=args.size)
     except InputError as error:
         if args.init:
             raise
@@ -371,7 +371,7 @@ def check(run, before):
                          f"task {seeing[0]} could not see its images; run --stage connector first, or name other "
                          f"weights by --init")
     for name, value in run.settings().items() if before else ():
-        if name in ("prefix_rope", "prefix_tokens"):           # the model has its own: what counts is what was asked
+        if name in ("prefix_rope", "prefix_tokens", "size"):   # the model has its own: what counts is what was asked
             value = getattr(args, name) or value
         if before.get(name) != value:
             raise InputError(f"--resume: the run was started with {name} {before.get(name)}, not {value}; give the "
@@ -421,7 +421,7 @@ def save_checkpoint(run, step, name=None):
             cli.write_json(os.path.join(temporary, "training.json"), {"step": step, "settings": run.settings()})
         if name is None:
             weights.publish(folder, out)
-            for old in weights.checkpoints(out)[run.args.keep:]:
+            for old in cli.checkpoints(out)[run.args.keep:]:
                 shutil.rmtree(old)
     run.ranks.barrier()
     return folder
@@ -509,7 +509,9 @@ def read_micros(run, loader, problems, step):
     micros = []
     for i in range(run.accum):
         batch = next(loader)
-        problems.add(sum(batch["problems"], []), len(batch["name"]))
+        problems.seen += len(batch["name"])
+        for problem in sum(batch["problems"], []):
+            problems.add(problem)
         position = step * run.stage.global_batch + (i * run.ranks.world + run.ranks.rank) * run.micro
         draws = [np.random.default_rng((run.args.seed, 1, position + k)).random() for k in range(len(batch["name"]))]
         batch["drop"] = torch.tensor(draws) < UNCONDITIONAL    # a function of (seed, sample)
@@ -542,12 +544,10 @@ def train_step(run, micros, step):
     return {"loss": loss, "losses": losses, "grad_norm": norm}
 
 
-def loop(run, before_step):
+def loop(run, stop, problems, before_step):
     """All steps: learning rate, batches, step, log, validation, checkpoint."""
     args, stage, ranks, out = run.args, run.stage, run.ranks, run.args.out
-    log_path, stop, problems = os.path.join(out, "log.jsonl"), cli.Stop(), cli.Problems(tqdm.write)
-    if ranks.rank == 0:
-        cli.trim_log(log_path, run.first)
+    log_path = os.path.join(out, "log.jsonl")
     loader = data.batches(run.train, run.first * stage.global_batch, run.steps * stage.global_batch, run.micro,
                           ranks.rank, ranks.world, args.workers)
     bar = tqdm(range(run.first, run.steps), initial=run.first, total=run.steps, unit="step", disable=ranks.rank > 0)
@@ -599,19 +599,21 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     log = tqdm.write if ranks.rank == 0 else lambda line: None
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    weights.claim(args.out, ranks, args.resume, replace_old)
+    cli.claim(args.out, ranks, args.resume, replace_old)
+    stop, problems = cli.Stop(), cli.Problems(tqdm.write)
 
     # model and data
     saved, training = {}, {"step": 0, "settings": None}
     if args.resume:
         mentor, saved, training = weights.newest_checkpoint(args.out, "caption" in stage.tasks, log)
+        if ranks.rank == 0:
+            cli.trim_log(os.path.join(args.out, "log.jsonl"), training["step"])
         if not (args.steps or args.epochs):
             stage = replace(stage, steps=training["settings"]["steps"])
     else:
         mentor = start(args, stage, log)
-    size = mentor.check_size(args.size or mentor.config.image_size)
     untrained = tuple(part for part in mentor.config.untrained if not part.startswith(stage.trains))
-    mentor.config = replace(mentor.config, image_size=size, untrained=untrained)
+    mentor.config = replace(mentor.config, untrained=untrained)
     train, val, shown = make_data(args, stage, mentor, log)
     micro, accum, steps = batch_arithmetic(args, stage, ranks, len(train))
 
@@ -630,7 +632,7 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
 
     if ranks.rank == 0:
         report(run)
-    loop(run, before_step)
+    loop(run, stop, problems, before_step)
     ranks.leave()
 
 

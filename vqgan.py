@@ -184,7 +184,7 @@ class VQGAN(nn.Module):
 
     def __init__(self, config=VQConfig()):
         super().__init__()
-        self.config = config
+        self.config, self.factor = config, config.factor
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quantize = Quantizer(config)
         self.quant_conv = nn.Conv2d(config.latent, config.code_width, 1)

@@ -309,10 +309,15 @@ def public_config(files):
     return config
 
 
-def override(config, prefix_rope=None, prefix_tokens=None):
-    """The same network with another rotation of the prefix, or with room for a longer one."""
+def override(config, prefix_rope=None, prefix_tokens=None, image_size=None):
+    """The same network with another rotation of the prefix, room for a longer one, or for smaller images."""
     decoder = replace(config.decoder, prefix_rope=prefix_rope or config.decoder.prefix_rope)
-    return replace(config, decoder=decoder, prefix_tokens=max(config.prefix_tokens, prefix_tokens or 0))
+    size = image_size or config.image_size
+    if size % config.vqgan.factor or not 0 < size <= config.image_size:
+        raise InputError(f"these weights draw pictures of up to {config.image_size} pixels a side, in steps of "
+                         f"{config.vqgan.factor}, not {size}")
+    return replace(config, decoder=decoder, prefix_tokens=max(config.prefix_tokens, prefix_tokens or 0),
+                   image_size=size)
 
 
 def config_from_dict(cls, values):
@@ -330,7 +335,7 @@ def config_from_dict(cls, values):
     return cls(**made)
 
 
-def load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder):
+def load_folder(weights, paths, config, overrides, t5_decoder):
     """A folder that `save` wrote."""
     tokenizer = tokenizer_in(weights, paths)
     try:
@@ -338,7 +343,7 @@ def load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder):
             config = config or config_from_dict(MentorConfig, json.load(file))
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise InputError(f"{paths['config.json']}: not a model's configuration ({error}); copy it again") from None
-    config = override(config, prefix_rope, prefix_tokens)
+    config = override(config, **overrides)
     tensors = read_tensors(paths["model.safetensors"])
     if not t5_decoder:
         tensors = {name: tensor for name, tensor in tensors.items()
@@ -388,13 +393,13 @@ def prefer_checkpoint(files, log):
         own.setdefault(name, tower[name])
 
 
-def load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log):
+def load_public_files(weights, paths, config, overrides, t5_decoder, log):
     """A set of public files."""
     files = sort_public_files(weights, paths)
     tokenizer = tokenizer_in(weights, paths)
     if "mentor" in files:
         prefer_checkpoint(files, log)
-    config = override(config or public_config(files), prefix_rope, prefix_tokens)
+    config = override(config or public_config(files), **overrides)
     with torch.device("meta"):
         model = Mentor(config, tokenizer, t5_decoder)
     for kind, (path, tensors) in files.items():
@@ -492,30 +497,29 @@ def place(mentor, device, dtype, offload=False):
     return mentor.eval()
 
 
-def load(weights, device="cpu", dtype=torch.float32, config=None, prefix_rope=None, prefix_tokens=None,
-         t5_decoder=False, offload=False, log=print):
+def load(weights, device="cpu", dtype=torch.float32, config=None, t5_decoder=False, offload=False, log=print,
+         **overrides):
     """Reads a whole model; raises InputError unless every tensor is there and fits. -> Mentor, in eval mode
 
     weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
-    holds either a saved model or public files under any names. config: instead of what the files say; prefix_rope,
-    prefix_tokens: override it. t5_decoder: also T5's captioning half. offload: see `place`. log: takes one
-    line of news.
+    holds either a saved model or public files under any names. config: instead of what the files say. t5_decoder: also
+    T5's captioning half. offload: see `place`. log: takes one line of news. overrides: as `override` takes them.
     """
     weights = str(weights)
     if re.fullmatch(r"random(-\w+)?", weights):
         size = weights[7:] or "toy"
         if size not in SIZES:
             raise InputError(f"{weights}: no such size; the sizes are {', '.join(SIZES)}")
-        config = override(config or SIZES[size], prefix_rope, prefix_tokens)
+        config = override(config or SIZES[size], **overrides)
         model = random_model(config, byte_tokenizer(), 0, t5_decoder)
         generator = torch.Generator().manual_seed(0)         # the published start, zero, would not look at its input
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
         return place(model, device, dtype, offload)
     paths = {os.path.basename(path): path for path in locate(weights)}
     if "config.json" in paths and "model.safetensors" in paths and not is_public_folder(paths):
-        model = load_folder(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder)
+        model = load_folder(weights, paths, config, overrides, t5_decoder)
     else:
-        model = load_public_files(weights, paths, config, prefix_rope, prefix_tokens, t5_decoder, log)
+        model = load_public_files(weights, paths, config, overrides, t5_decoder, log)
     return place(model, device, dtype, offload)
 
 
@@ -541,35 +545,12 @@ def save(mentor, folder, state=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of a training run: out/step-00000500/ is a model folder plus training.safetensors and training.json
 
-STEP = re.compile(r"step-(\d{8})$")
-
-
-def checkpoints(out):
-    """All complete checkpoints of a run, newest first."""
-    if not os.path.isdir(out):
-        return []
-    return [os.path.join(out, name) for name in sorted(os.listdir(out), reverse=True) if STEP.match(name)]
-
-
-def claim(out, ranks, resume, replace_old=False):
-    """Makes sure that a new run finds no other in `out`; with replace_old, a run that is there is removed."""
-    used = bool(checkpoints(out)) and not resume
-    ranks.barrier()                            # all have looked
-    if used and not replace_old:
-        raise InputError(f"{out}: holds another run; go on with it by --resume, or choose another --out")
-    if ranks.rank == 0:
-        if used:
-            shutil.rmtree(out)
-        cli.probe(os.path.join(out, "log.jsonl"))
-    ranks.barrier()
-
-
 def newest_checkpoint(out, t5_decoder=False, log=print):
     """The newest checkpoint that can be read, else the one before, and so on.
 
     -> model, {name: tensor} of the training state, {"step", "settings"}
     """
-    for folder in checkpoints(out):
+    for folder in cli.checkpoints(out):
         try:
             with open(os.path.join(folder, "training.json")) as file:
                 training = json.load(file)
@@ -625,17 +606,18 @@ class Codes:
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory of a training run
 
-def activation_elements(config, prefix_rows, image_tokens, trains):
+def activation_elements(mentor, prefix_rows, image_tokens, trains):
     """Numbers kept for the backward pass by one sample of a token stage, counted layer by layer.
 
     -> (kept in fp32 whatever autocast does, kept in the compute type); attention is taken to be fused, so that no
     scores are kept. A sample passes T5 (if it or what lies before it trains), then the decoder.
     """
-    d, t5 = config.decoder, config.t5
+    d, t5 = mentor.config.decoder, mentor.config.t5
+    hidden = mentor.decoder.layers[0].feed_forward.w1.out_features
     length = prefix_rows + image_tokens - 1
     full = d.layers * length * 4 * d.width                     # two residual streams and two normed products
-    half = d.layers * length * (9 * d.width + 4 * d.hidden)    # norms' outputs; q, k, v and rotated; feed-forward
-    full += image_tokens * config.decoder.codes                # log-probabilities
+    half = d.layers * length * (9 * d.width + 4 * hidden)    # norms' outputs; q, k, v and rotated; feed-forward
+    full += image_tokens * d.codes                              # log-probabilities
     if any(part.startswith("encoder") for part in trains):
         inner = t5.heads * t5.head_dim
         full += t5.layers * prefix_rows * 4 * t5.width
@@ -643,11 +625,12 @@ def activation_elements(config, prefix_rows, image_tokens, trains):
     return full, half
 
 
-def activation_bytes(config, trains, itemsize, recomputed=False):
+def activation_bytes(mentor, trains, itemsize, recomputed=False):
     """Bytes kept by one sample of the longest prefix. itemsize: of the compute type; recomputed: activation
     checkpointing, which keeps the input of every block, one block in full, and the log-probabilities."""
-    d, t5, rows, tokens = config.decoder, config.t5, config.prefix_tokens, config.grid**2
-    full, half = activation_elements(config, rows, tokens, trains)
+    d, t5, rows = mentor.config.decoder, mentor.config.t5, mentor.config.prefix_tokens
+    tokens = (mentor.config.image_size // mentor.vqgan.factor)**2
+    full, half = activation_elements(mentor, rows, tokens, trains)
     total = 4 * full + itemsize * half
     if recomputed:
         t5_layers = t5.layers if any(part.startswith("encoder") for part in trains) else 0
@@ -669,7 +652,7 @@ def training_memory(mentor, trains, micro, itemsize, shards=1, recomputed=False)
     if itemsize == 2:
         rows["bf16 copies"] = 2 * trained
     if "decoder" in trains:
-        rows[f"activations ({micro} samples)"] = micro * activation_bytes(mentor.config, trains, itemsize, recomputed)
+        rows[f"activations ({micro} samples)"] = micro * activation_bytes(mentor, trains, itemsize, recomputed)
     return {what: count / 2**30 for what, count in rows.items()}
 
 

@@ -1,4 +1,4 @@
-"""What all command lines share: errors in one sentence, numbers, files that appear whole, processes, the log of a run."""
+"""What all command lines share: errors in one sentence, numbers, files that appear whole, processes, logs."""
 import errno
 import json
 import os
@@ -46,6 +46,9 @@ def test_bad_input_is_one_line_and_exit_code_2_and_an_interrupt_exit_code_130(mo
     assert capsys.readouterr() == ("", "sample.py: error: dog.jpg: no such file; check the path\n")
     assert stop(KeyboardInterrupt()) == 130
     assert capsys.readouterr() == ("", "")
+    for rank, line in (("0", "sample.py: error: x\n"), ("3", "")):         # several processes, but not by torchrun
+        monkeypatch.setenv("RANK", rank)
+        assert stop(InputError("x")) == 2 and capsys.readouterr() == ("", line)
     with pytest.raises(ZeroDivisionError):               # a fault of the program keeps its traceback
         cli.run(lambda: 1 / 0)
     assert cli.run(lambda: None) is None
@@ -136,6 +139,20 @@ def test_a_file_appears_whole_in_folders_that_are_made_on_the_way(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
 
 
+def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    events, replace, rename, fsync = [], os.replace, os.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("content") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: events.append("name") or replace(*names))
+    monkeypatch.setattr(os, "rename", lambda *names: events.append("name") or rename(*names))
+    write(tmp_path / "a.txt", "new")
+    assert events == ["content", "name"]
+    events.clear()
+    with cli.atomic_folder(tmp_path / "model") as temporary:
+        for name in ("a.txt", "b.txt"):
+            pathlib.Path(temporary, name).write_text("new")
+    assert events == ["content", "content", "name"]
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), InputError("x: no; fix it")])
 def test_an_exception_in_the_block_leaves_the_old_content_and_nothing_else(tmp_path, error):
     write(tmp_path / "a.txt", "old")
@@ -169,7 +186,7 @@ def test_a_planted_link_is_never_written_through(tmp_path, monkeypatch):
     write(path, "new")
     assert path.read_text() == "new" and not path.is_symlink() and victim.read_text() == "precious"
 
-    monkeypatch.setattr(cli, "temporary_name", lambda path: str(folder / "guessed"))       # as if a name had been guessed
+    monkeypatch.setattr(cli, "temporary_name", lambda path: str(folder / "guessed"))           # somebody guessed a name
     (folder / "guessed").symlink_to(victim)
     with pytest.raises(InputError, match="a.txt: cannot be written"):
         write(path, "newer")
@@ -290,22 +307,24 @@ def test_too_many_problems_stop_the_run_and_few_are_logged_once():
     assert log == ["skipped a.jsonl:7: gone"]
     problems.add([], seen=62)                            # 3 of 80
     problems.add(["a.jsonl:8: torn"], seen=0)            # 4 of 80 is 5 %
-    with pytest.raises(InputError, match="5 problems in 80 samples.*\na.jsonl:7: gone\na.jsonl:8: torn\na.jsonl:9: torn$"):
+    named = "\n".join(["a.jsonl:7: gone", "a.jsonl:8: torn", "a.jsonl:9: torn"])
+    with pytest.raises(InputError, match=f"5 problems in 80 samples.*\n{named}$"):
         problems.add(["a.jsonl:9: torn"], seen=0)
 
 
 def test_the_device_is_the_one_asked_for_or_the_first_that_works(monkeypatch):
-    assert cli.pick_device("cpu") == "cpu" and cli.pick_device(None, ("cpu",)) == "cpu"
-    for module, choices in ((torch.cuda, ("cuda", "mps", "cpu")), (torch.backends.mps, ("mps", "cuda", "cpu"))):
-        for other in (torch.cuda, torch.backends.mps):
-            monkeypatch.setattr(other, "is_available", lambda other=other: other is module)
-        assert cli.pick_device(None, choices) == choices[0] == cli.pick_device()
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert cli.pick_device() == "cpu"
+    assert cli.pick_device("cpu") == "cpu"
     for name in ("gpu", "cuda:77", "", "xpu"):
         with pytest.raises(InputError, match=f"--device {name} does not work here .*; try cpu") as caught:
             cli.pick_device(name)
         assert "\n" not in str(caught.value)
+    for cuda, mps, default, mps_first in ((True, True, "cuda", "mps"), (True, False, "cuda", "cuda"),
+                                          (False, True, "mps", "mps"), (False, False, "cpu", "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert cli.pick_device() == default
+        assert cli.pick_device(None, ("mps", "cuda", "cpu")) == mps_first
+        assert cli.pick_device(None, ("cpu", "cuda")) == "cpu"
 
 
 def test_a_single_process_is_rank_0_of_1_and_needs_no_others(monkeypatch):

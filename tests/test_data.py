@@ -400,7 +400,8 @@ def test_image_placeholders_in_a_caption_are_removed_as_the_released_loader_does
 
 def test_a_list_of_input_images_keeps_the_placeholders_of_its_own_prompt(make):
     make.every_task()
-    base = {"source_image": "0.png", "image_path": ["2.png", "3.png"], "objects": ["cat", "sky"], "input_img_list": True}
+    base = {"source_image": "0.png", "image_path": ["2.png", "3.png"], "objects": ["cat", "sky"],
+            "input_img_list": True}
     path = make.rows(base | {"input_text": "<image> under <image>, at night"}, base | {"input_text": "at night"},
                      base | {"input_text": "only <image>"})
     dataset = load(path)

@@ -10,7 +10,6 @@ from PIL import Image
 
 import cli
 import data
-import model as model_file
 import weights
 from cli import InputError
 from model import (SIZES, Decoder, Graphs, KVCache, Mentor, MentorConfig, Prefix, Sampling, compile_blocks, guide,
@@ -118,13 +117,6 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(prefix_rope):
     close(logits, full[:, 36], 1e-5)
 
 
-def windows_of(monkeypatch, stride):
-    """Lets the cache's window grow in steps of so many positions, whatever `stride` says."""
-    def window(cache):
-        return min(-(-(cache.length + 1) // stride) * stride, cache.total)
-    monkeypatch.setattr(KVCache, "window", property(window))
-
-
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_fast_products_and_a_large_window_sample_the_tokens_of_the_plain_loop(monkeypatch, batch):
     model = tiny()
@@ -132,7 +124,7 @@ def test_the_fast_products_and_a_large_window_sample_the_tokens_of_the_plain_loo
     prefix, tokens = random_prefix([20, 9, 20, 14, 11][:batch]), []
     for rows, stride in ((0, 1), (weights.LEFT_ROWS, 1), (weights.LEFT_ROWS, 16)):
         monkeypatch.setattr(weights, "LEFT_ROWS", rows)        # 0: the ordinary product everywhere
-        windows_of(monkeypatch, stride)
+        monkeypatch.setattr(KVCache, "stride", stride)
         for sampling in (Sampling(3.0, 0, 64), Sampling(1.0, 1.0, 20, 0.9)):
             tokens.append(model.generate(prefix, range(batch), sampling))
     assert torch.equal(tokens[0], tokens[2]) and torch.equal(tokens[0], tokens[4])
@@ -209,8 +201,9 @@ def test_steps_recorded_as_graphs_do_what_steps_do(monkeypatch):
     device, before = Device(model, prefix), (tokens.clone(), uniform.clone())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(device))
     monkeypatch.setattr(torch.cuda, "graph", device.record)
-    windows_of(monkeypatch, 16)
-    close(outputs_of(Graphs(device.step, device.cache)), expected, 1e-5)
+    step = Graphs(device.step, device.cache)
+    device.cache.stride = 16                                   # small, so that several windows are met
+    close(outputs_of(step), expected, 1e-5)
     assert device.counts == {"plain": 3, "recorded": 3, "replayed": 33}    # three windows, each begun with a plain step
     assert device.cache.length == plain.cache.length == 56 and device.cache.at == plain.cache.at
     assert torch.equal(tokens, before[0]) and torch.equal(uniform, before[1])

@@ -127,7 +127,7 @@ def test_a_used_folder_is_refused_in_one_sentence(toy, tmp_path):
     train.main(command(toy, tmp_path, steps=1))
     with pytest.raises(InputError, match="holds another run; go on with it by --resume, or choose another --out"):
         train.main(command(toy, tmp_path, steps=1))
-    assert len(weights.checkpoints(tmp_path)) == 1 and len(losses(tmp_path)) == 1
+    assert len(cli.checkpoints(tmp_path)) == 1 and len(losses(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -212,7 +212,7 @@ def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(toy, tmp_path, 
         return command(toy, out, "--micro-batch", 1, "--save-every", 4, fsdp, *more, stage="1", steps=14, batch=8)
     finish(run(arguments(tmp_path / "whole"), processes))
     process = run(arguments(tmp_path / "cut"), processes)
-    while not weights.checkpoints(tmp_path / "cut"):
+    while not cli.checkpoints(tmp_path / "cut"):
         time.sleep(0.01)
         assert process.poll() is None, process.communicate()[0][-2000:]
     subprocess.run(["pkill", "-9", "-P", str(process.pid)])    # the workers first
@@ -240,7 +240,7 @@ def test_resuming_with_dropout_is_exact_too(toy, tmp_path):
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(toy, tmp_path, file, capsys):
     train.main(command(toy, tmp_path, "--save-every", 1, steps=3))
     before = losses(tmp_path)
-    newest = weights.checkpoints(tmp_path)[0] + "/" + file
+    newest = cli.checkpoints(tmp_path)[0] + "/" + file
     os.replace(newest, newest + ".whole")
     content = pathlib.Path(newest + ".whole").read_bytes()
     pathlib.Path(newest).write_bytes(content[:len(content) // 2])
@@ -281,14 +281,14 @@ def test_training_a_connector_makes_references_welcome(toy, tmp_path):
 def test_sigterm_saves_before_leaving_and_the_newest_checkpoints_are_kept(toy, tmp_path, processes):
     process = run(command(toy, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=400, batch=8),
                   processes)
-    while len(weights.checkpoints(tmp_path)) < 2:
+    while len(cli.checkpoints(tmp_path)) < 2:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    last = int(weights.checkpoints(tmp_path)[0][-8:])
+    last = int(cli.checkpoints(tmp_path)[0][-8:])
     assert last == log(tmp_path)[-1]["step"] < 400 and f"stopped after step {last} of 400" in output
-    assert len(weights.checkpoints(tmp_path)) == 2
+    assert len(cli.checkpoints(tmp_path)) == 2
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 

@@ -203,7 +203,7 @@ def start_training(args, stage, without, steps, seed, init, out):
                "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0"]
     for task in without:
         command += ["--without", task]
-    if weights.checkpoints(out):
+    if cli.checkpoints(out):
         command.append("--resume")
     environment = dict(os.environ)
     if args.seeds > 1:                         # the seeds train side by side, so they share the cores
@@ -223,7 +223,7 @@ def train_variant(args, name):
         for seed, init in weights_of.items():
             names[seed] += "_" + "-".join([stage, *without])   # variants with the same stage 1 share its folder
             weights_of[seed] = out = os.path.join(args.out, names[seed])
-            if os.path.join(out, f"step-{steps:08}") not in weights.checkpoints(out):
+            if os.path.join(out, f"step-{steps:08}") not in cli.checkpoints(out):
                 print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}", flush=True)
                 running[out] = start_training(args, stage, without, steps, seed, init, out)
         failed = [out for out, process in running.items() if process.wait() != 0]
