@@ -70,20 +70,18 @@ class Parser(argparse.ArgumentParser):
 def checked(convert, condition, requirement):
     """A type for argparse: what `convert` makes of the text, if it meets the condition."""
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = convert(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
-        if not condition(value):
-            raise argparse.ArgumentTypeError(f"must be {requirement}, not {text}")
-        return value
+            if condition(value):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {requirement}, not {text}")
     return parse
 
 
 positive_int = checked(int, lambda value: 0 < value < 2**53, "a whole number above 0")
 natural = checked(int, lambda value: 0 <= value < 2**53, "a whole number, 0 or above")
-positive_float = checked(float, lambda value: 0 < value < math.inf, "above 0")
-nonnegative_float = checked(float, lambda value: 0 <= value < math.inf, "0 or above")
+positive_float = checked(float, lambda value: 0 < value < math.inf, "a number above 0")
+nonnegative_float = checked(float, lambda value: 0 <= value < math.inf, "a number, 0 or above")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,11 +102,14 @@ def flush(path):
 def create_beside(path):
     """Makes an empty file beside `path`, and the folders on the way. -> its name; InputError where that fails."""
     temporary = temporary_name(path)
-    if os.path.isdir(path):
+    if os.path.isdir(path) or not os.path.basename(path):
         raise InputError(f"{path}: is a folder; choose another name for the file")
     try:
         os.makedirs(os.path.dirname(temporary), exist_ok=True)
         open(temporary, "xb").close()
+    except FileExistsError:
+        raise InputError(f"{path}: cannot be written, what should be its folder is a file; choose another place"
+                         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     return temporary
@@ -139,7 +140,7 @@ def check_folder(path, ours=()):
     try:
         foreign = sorted(set(os.listdir(path)) - set(ours))
     except FileNotFoundError:
-        return probe(path)
+        return probe(os.path.abspath(path))
     except OSError as error:
         raise InputError(f"{path}: cannot become a folder ({error.strerror}); choose another place") from None
     if foreign:
@@ -151,6 +152,7 @@ def check_folder(path, ours=()):
 def atomic_folder(path, ours=()):
     """Like atomic_file for a folder; one that is there already is replaced if `check_folder` lets it."""
     check_folder(path, ours)
+    path = os.path.realpath(path)              # a link stays a link to what takes its folder's place
     temporary, old = temporary_name(path), temporary_name(path)
     try:
         os.makedirs(temporary)
@@ -182,7 +184,7 @@ def write_json(path, content):
 class Problems:
     """Counts what cannot be used, names each problem once through `log`, and stops the run when it is too much.
 
-    Whoever tries a sample counts it in `seen`.
+    What tries a sample counts it in `seen`.
     """
 
     def __init__(self, log=print, share=0.05, least=20):
@@ -207,7 +209,7 @@ def pick_device(name=None, choices=("cuda", "mps", "cpu")):
     if name is None:
         return next(choice for choice in choices if available[choice])
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()     # which `meta` cannot
     except Exception as error:                 # each backend raises its own
         raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); try cpu") from None
     return name
@@ -285,6 +287,7 @@ def used_memory(device):
 # A training run's folder: checkpoints step-00000500/, and the log, JSON lines with "step", "loss", at times "val"
 
 STEP = re.compile(r"step-(\d{8})$")
+RUN_FILES = re.compile(r"(config\.json|tokenizer\.json|model\.safetensors|log\.jsonl|loss\.png|samples-\d{8}\.png)$")
 
 
 def checkpoints(out):
@@ -300,8 +303,11 @@ def claim(out, ranks, resume, replace_old=False):
     if used and not replace_old:
         raise InputError(f"{out}: holds another run; go on with it by --resume, or choose another --out")
     if ranks.rank == 0:
-        if used:
-            shutil.rmtree(out)
+        for name in sorted(os.listdir(out)) if used else ():
+            if STEP.match(name):
+                shutil.rmtree(os.path.join(out, name))
+            elif RUN_FILES.match(name):
+                os.remove(os.path.join(out, name))
         probe(os.path.join(out, "log.jsonl"))
     ranks.barrier()
 
@@ -339,8 +345,8 @@ def plot_log(path, out):
         share[:, 1] = 1 - share[:, 1]                                                     # an image's rows go down
         corners = (margin + share * (size - 2 * margin)).tolist()
         colour = colours[i % len(colours)]
-        if len(corners) == 1:
-            pen.point(corners[0], fill=colour)
+        for x, y in corners[:1]:               # so that a single point can be seen too
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
         pen.line([tuple(corner) for corner in corners], fill=colour, width=2)
         pen.text((margin + 10 + 90 * i, margin - 16), name, fill=colour)
     with atomic_file(out) as temporary:

@@ -209,6 +209,8 @@ def parse_row(line, path, number):
     images, objects = texts_of(record, "image_path"), texts_of(record, "objects")
     one = {key: "".join(texts_of(record, key, several=False))
            for key in ("input_text", "swapped_text", "source_image", "input_image")}
+    if not as_is:                        # the released loader does so: it puts its own where they belong
+        one = {key: value.replace(IMAGE, "") for key, value in one.items()}
     text, source = one["input_text"], one["source_image"] or one["input_image"]
     if not objects and len(images) == 1:
         source = images[0]               # without objects image_path is the target
@@ -225,8 +227,6 @@ def parse_row(line, path, number):
     if len(objects) != len(images) and ("objects" in needed or len(images) > 1):
         raise InputError(f"{len(objects)} object(s) but {len(images)} path(s) in image_path; give one for each")
     swapped_text = one["swapped_text"] if "swapped_text" in record else text
-    if not as_is:                        # the released loader does so: it puts its own where they belong
-        text, swapped_text = text.replace(IMAGE, ""), swapped_text.replace(IMAGE, "")
     place = "/".join(os.path.abspath(path).split(os.sep)[-2:])       # the same wherever the data is moved to
     key = hashlib.blake2b(place.encode() + line.strip(), digest_size=7).digest()
     folder = os.path.dirname(path)

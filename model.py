@@ -446,6 +446,8 @@ class Mentor(nn.Module):
             raise InputError("these weights hold no trained connector, so they cannot see reference pictures; "
                              "leave out the references or use MENTOR's weights")
         ids, mask, refs = (batch[key].to(self.device) for key in ("ids", "mask", "refs"))
+        if not seeds or len(seeds) % len(ids):
+            raise ValueError(f"{len(seeds)} seeds for {len(ids)} prompts; give as many, or a multiple")
         prefix = self.prefix(ids, mask, refs).repeat(len(seeds) // len(ids))
         if offload:
             self.encoder.to("meta")

@@ -81,6 +81,7 @@ STAGES = {
 # what --stage 2 does where there is no data: a whole run in miniature; no other stage starts from it
 EXAMPLE = replace(STAGES["2"], init="tiny", global_batch=16, lr=5e-5, steps=60, prefix_tokens=None)
 EXAMPLE_DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "example")
+EXAMPLE_OUT = os.path.join("out", "example", "2")      # replaced each time
 
 BETAS, WEIGHT_DECAY, CLIP_NORM = (0.9, 0.95), 0.05, 1.0
 WARMUP, FLOOR = 0.05, 0.1  # share of the steps in which the learning rate rises; what share of it is left in the end
@@ -179,7 +180,7 @@ def parse(argv):
     example = args.stage == "2" and not (args.data or args.init or os.path.exists("data"))
     if example:
         find_data(args, EXAMPLE_DATA)
-        args.out = args.out or os.path.join("out", "example", "2")
+        args.out = args.out or EXAMPLE_OUT
     if not args.data:
         raise InputError(f"there is nothing to learn from; put JSON lines into data/{args.stage}/ or data/, or name them "
                          f"by --data (python prepare.py folder makes such a file of your images)")
@@ -414,7 +415,7 @@ def save_checkpoint(run, step, name=None):
             for key, tensor in values.items():
                 tensors[f"{key}:{parameter}"] = tensor
         model = {key.removeprefix(OURS): tensor for key, tensor in state.items() if key.startswith(OURS)}
-        with cli.atomic_folder(folder) as temporary:
+        with cli.atomic_folder(folder, weights.CHECKPOINT_FILES) as temporary:
             weights.write(run.mentor, temporary, model)
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()},
                       os.path.join(temporary, "training.safetensors"))
@@ -641,7 +642,7 @@ def main(argv=None):
     args, stage, example = parse(argv)
     if example and os.environ.get("RANK", "0") == "0":
         print(f"there is no data/: fine-tuning the small bundled model on the example rows of {EXAMPLE_DATA} (README)")
-    fit(args, stage, replace_old=example)
+    fit(args, stage, replace_old=args.out == EXAMPLE_OUT)
 
 
 if __name__ == "__main__":

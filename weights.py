@@ -47,6 +47,7 @@ HUB = {     # name for --weights: the public files it is made of, as (repository
 }
 BUNDLED = {"tiny": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}   # in the repository
 OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+CHECKPOINT_FILES = (*OWN_FILES, "training.safetensors", "training.json")
 
 
 class Part(NamedTuple):

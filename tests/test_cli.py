@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -303,13 +305,14 @@ def test_too_many_problems_stop_the_run_and_few_are_logged_once():
     log = []
     problems = cli.Problems(log.append)
     for _ in range(3):
-        problems.add(["a.jsonl:7: gone"], seen=6)        # many of few do not stop it yet
+        problems.seen += 6
+        problems.add("a.jsonl:7: gone")                  # many of few do not stop it yet
     assert log == ["skipped a.jsonl:7: gone"]
-    problems.add([], seen=62)                            # 3 of 80
-    problems.add(["a.jsonl:8: torn"], seen=0)            # 4 of 80 is 5 %
+    problems.seen += 62                                  # 3 of 80
+    problems.add("a.jsonl:8: torn")                      # 4 of 80 is 5 %
     named = "\n".join(["a.jsonl:7: gone", "a.jsonl:8: torn", "a.jsonl:9: torn"])
     with pytest.raises(InputError, match=f"5 problems in 80 samples.*\n{named}$"):
-        problems.add(["a.jsonl:9: torn"], seen=0)
+        problems.add("a.jsonl:9: torn")
 
 
 def test_the_device_is_the_one_asked_for_or_the_first_that_works(monkeypatch):
@@ -355,7 +358,26 @@ def test_a_signal_is_remembered_and_a_second_interrupt_ends_at_once(monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The log and its plot, sheets, names
+# A training run's folder, its log and the plot of it
+
+def test_a_new_run_finds_no_other_in_its_folder_unless_it_resumes_or_replaces_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    ranks, out = cli.Ranks.join("cpu"), tmp_path / "out"
+    assert cli.checkpoints(out) == []
+    cli.claim(out, ranks, resume=False)
+    for name in ("step-00000002", "step-00000010", "nonfinite-step-3", ".0a-step-00000011", "step-1"):
+        (out / name).mkdir()
+    assert cli.checkpoints(out) == [str(out / "step-00000010"), str(out / "step-00000002")]
+    with pytest.raises(InputError, match="out: holds another run; go on with it by --resume, or choose another --out"):
+        cli.claim(out, ranks, resume=False)
+    cli.claim(out, ranks, resume=True, replace_old=True)
+    assert len(cli.checkpoints(out)) == 2
+    cli.claim(out, ranks, resume=False, replace_old=True)
+    assert cli.checkpoints(out) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/log.jsonl: cannot be written"):
+        cli.claim(tmp_path / "file", ranks, resume=False)
+
 
 def test_a_log_loses_what_was_written_behind_the_last_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
@@ -404,6 +426,54 @@ def test_a_plot_of_a_single_point_shows_it(tmp_path):
     pixels = plotted(tmp_path, [{"step": 1, "loss": 3.0, "val": {"t2i": 4.0}}])
     low, high = places(pixels, GREY), places(pixels, RED)
     assert low[:, 0].min() > 340 and high[:, 0].max() < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images, sheets, names
+
+def test_every_kind_of_image_opens_as_the_rgb_it_shows(tmp_path):
+    def opened(image, name, **options):
+        image.save(tmp_path / name, **options)
+        result = cli.open_image(tmp_path / name)
+        assert result.mode == "RGB"
+        return np.asarray(result).astype(int)
+
+    red = Image.new("RGB", (32, 16), (200, 30, 10))
+    assert (opened(red.quantize(4), "palette.png") == (200, 30, 10)).all()
+    assert (opened(Image.new("L", (32, 16), 77), "grey.png") == 77).all()
+    assert (opened(Image.new("RGBA", (32, 16), (255, 0, 0, 0)), "clear.png") == 255).all()       # nothing, on white
+    assert abs(opened(Image.new("RGBA", (32, 16), (255, 0, 0, 128)), "half.png") - (255, 127, 127)).max() <= 1
+    deep = Image.fromarray(np.linspace(0, 65535, 512).reshape(16, 32).astype(np.uint16))
+    grey = opened(deep, "deep.png")
+    assert grey.min() == 0 and grey.max() == 255 and abs(grey[8, 0, 0] - 128) <= 1
+    exif = Image.Exif()
+    exif[0x0112] = 6                                     # to be turned clockwise
+    assert opened(red, "turned.jpg", exif=exif).shape == (32, 16, 3)
+    frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "lime")]
+    assert (opened(frames[0], "moving.gif", save_all=True, append_images=frames[1:]) == (255, 0, 0)).all()
+
+
+def test_every_damaged_image_is_refused_by_name(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    def png(width, height):                              # a header and no pixels
+        return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+                + chunk(b"IDAT", b""))
+
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (20000, 10)).save(tmp_path / "line.png")
+    for name, content in {"text.jpg": b"not a picture", "cut.jpg": whole[:len(whole) // 2], "empty.png": b"",
+                          "bomb.png": png(60000, 60000)}.items():
+        (tmp_path / name).write_bytes(content)
+    for name, why in {"missing.jpg": "no such file", "text.jpg": "not a picture", "cut.jpg": "damaged", ".": "folder",
+                      "empty.png": "not a picture", "dot.png": "too little", "line.png": "too little",
+                      "bomb.png": "too many"}.items():
+        with pytest.raises(InputError, match=why) as caught:
+            cli.open_image(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
 
 
 def test_a_contact_sheet_is_nearly_square_or_has_the_columns_asked_for():

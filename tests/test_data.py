@@ -2,8 +2,6 @@
 prompts need material from outside the repository."""
 import json
 import pathlib
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -34,51 +32,6 @@ def test_pixels_agree_with_the_golden_outputs(kind, size, step):
         pixels = (data.clip_pixels if kind == "clip" else data.target_pixels)(image, size)
         assert pixels.shape == (3, size, size)
         close(pixels[:, ::step, ::step], g[f"{name}.{kind}"], 1e-5)
-
-
-def test_every_kind_of_image_opens_as_the_rgb_it_shows(tmp_path):
-    def opened(image, name, **options):
-        image.save(tmp_path / name, **options)
-        result = open_image(tmp_path / name)
-        assert result.mode == "RGB"
-        return np.asarray(result).astype(int)
-
-    red = Image.new("RGB", (32, 16), (200, 30, 10))
-    assert (opened(red.quantize(4), "palette.png") == (200, 30, 10)).all()
-    assert (opened(Image.new("L", (32, 16), 77), "grey.png") == 77).all()
-    assert (opened(Image.new("RGBA", (32, 16), (255, 0, 0, 0)), "clear.png") == 255).all()       # nothing, on white
-    assert abs(opened(Image.new("RGBA", (32, 16), (255, 0, 0, 128)), "half.png") - (255, 127, 127)).max() <= 1
-    deep = Image.fromarray(np.linspace(0, 65535, 512).reshape(16, 32).astype(np.uint16))
-    grey = opened(deep, "deep.png")
-    assert grey.min() == 0 and grey.max() == 255 and abs(grey[8, 0, 0] - 128) <= 1
-    exif = Image.Exif()
-    exif[0x0112] = 6                                     # to be turned clockwise
-    assert opened(red, "turned.jpg", exif=exif).shape == (32, 16, 3)
-    frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "lime")]
-    assert (opened(frames[0], "moving.gif", save_all=True, append_images=frames[1:]) == (255, 0, 0)).all()
-
-
-def test_every_damaged_image_is_refused_by_name(tmp_path):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    def png(width, height):                              # a header and no pixels
-        return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-                + chunk(b"IDAT", b""))
-
-    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
-    whole = (tmp_path / "whole.jpg").read_bytes()
-    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    Image.new("RGB", (20000, 10)).save(tmp_path / "line.png")
-    for name, content in {"text.jpg": b"not a picture", "cut.jpg": whole[:len(whole) // 2], "empty.png": b"",
-                          "bomb.png": png(60000, 60000)}.items():
-        (tmp_path / name).write_bytes(content)
-    for name, why in {"missing.jpg": "no such file", "text.jpg": "not a picture", "cut.jpg": "damaged", ".": "folder",
-                      "empty.png": "not a picture", "dot.png": "too little", "line.png": "too little",
-                      "bomb.png": "too many"}.items():
-        with pytest.raises(InputError, match=why) as caught:
-            open_image(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from conftest import NO_DROPOUT, ROOT, TINY, assert_same_weights, command, finis
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+import cli
 import data
 import prepare
 import train
@@ -365,7 +366,7 @@ def test_the_memory_formula_agrees_with_what_autograd_keeps():
     for trains in (train.STAGES["1"].trains, train.STAGES["2"].trains):
         train.freeze(objective, trains)
         model.encoder.t5.encoder.relative_bias.requires_grad_(False)       # else the CPU's attention is not fused
-        full, half = weights.activation_elements(config, 192, 144, trains)
+        full, half = weights.activation_elements(model, 192, 144, trains)
         assert 2 * 4 * (full + half) == pytest.approx(saved_bytes(objective, batch), rel=0.1)
 
 
