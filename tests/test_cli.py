@@ -102,18 +102,18 @@ def test_a_number_in_its_range_is_taken(flag, text, value):
 @pytest.mark.parametrize("flag, text, requirement", [
     ("positive_int", "0", "must be a whole number above 0, not 0"),
     ("positive_int", "-3", "must be a whole number above 0, not -3"),
-    ("positive_int", "1e400", "must be .*number.*, not '?1e400"),
-    ("positive_int", "1.5", "must be .*number.*, not '?1.5"),
+    ("positive_int", "1e400", "must be a whole number above 0, not 1e400"),
+    ("positive_int", "1.5", "must be a whole number above 0, not 1.5"),
     ("positive_int", str(2**53), "must be a whole number above 0, not"),     # no longer exact as a float
     ("natural", "-1", "must be a whole number, 0 or above, not -1"),
-    ("natural", "many", "must be .*number.*, not 'many'"),
-    ("natural", "", "must be .*number.*, not ''"),
-    ("positive_float", "0", "must be above 0, not 0"),
-    ("positive_float", "nan", "must be above 0, not nan"),
-    ("positive_float", "inf", "must be above 0, not inf"),
-    ("positive_float", "fast", "must be a number, not 'fast'"),
-    ("nonnegative_float", "-0.1", "must be 0 or above, not -0.1"),
-    ("nonnegative_float", "nan", "must be 0 or above, not nan")])
+    ("natural", "many", "must be a whole number, 0 or above, not many"),
+    ("natural", "", "must be a whole number, 0 or above, not "),
+    ("positive_float", "0", "must be a number above 0, not 0"),
+    ("positive_float", "nan", "must be a number above 0, not nan"),
+    ("positive_float", "inf", "must be a number above 0, not inf"),
+    ("positive_float", "fast", "must be a number above 0, not fast"),
+    ("nonnegative_float", "-0.1", "must be a number, 0 or above, not -0.1"),
+    ("nonnegative_float", "nan", "must be a number, 0 or above, not nan")])
 def test_a_number_outside_its_range_is_refused_with_flag_range_and_value(flag, text, requirement):
     with pytest.raises(InputError, match=f"argument --{flag}: {requirement}"):
         parse(f"--{flag}={text}")
@@ -203,7 +203,7 @@ def test_a_write_error_is_one_sentence_that_names_the_file(tmp_path):
     with pytest.raises(InputError, match=r"file: cannot be written \(image file could not be written\)"):
         with cli.atomic_file(tmp_path / "file"):
             raise OSError("image file could not be written")           # as libraries raise it, without a number
-    with pytest.raises(InputError, match=r"file/a.txt: cannot be written \(.+\)"):
+    with pytest.raises(InputError, match=r"file/a.txt: cannot be written, what should be its folder is a file"):
         write(tmp_path / "file" / "a.txt", "new")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="folder: is a folder; choose another name"):

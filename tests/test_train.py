@@ -54,7 +54,7 @@ def test_only_matrices_decay():
     (["--stage", "pretrain"], "argument --stage: invalid choice: 'pretrain'"),
     (["--size", "40"], "up to 24 pixels"),
     (["--steps", "0"], "argument --steps: must be a whole number above 0, not 0"),
-    (["--lr", "nan"], "argument --lr: must be above 0, not nan"),
+    (["--lr", "nan"], "argument --lr: must be a number above 0, not nan"),
     (["--workers", "-1"], "argument --workers: must be a whole number, 0 or above, not -1"),
     (["--resume"], "holds no checkpoint to resume from"),
     (["--device", "cuda"], "--device cuda does not work here"),
@@ -70,9 +70,10 @@ def test_impossible_runs_are_refused_in_one_sentence(toy, tmp_path, flags, said)
 def test_every_help_text_runs():
     commands = [[f"{name}.py"] for name in ("train", "sample", "prepare", "weights", "eval", "bench")]
     commands += [["-m", f"world.{name}"] for name in ("rows", "train", "evaluate")]
-    for script in commands:
-        result = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 0 and "usage" in result.stdout, (script, result.stderr)
+    started = [subprocess.Popen([sys.executable, *script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+               for script in commands]
+    for script, process in zip(commands, started):
+        assert "usage" in process.communicate()[0] and process.returncode == 0, script
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_a_used_folder_is_refused_in_one_sentence(toy, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_without_data_stage_2_is_an_example_from_rows_to_a_checkpoint_that_samples(tmp_path, processes):
     flags = ["--stage", "2", "--steps", "2", "--workers", "0", "--device", "cpu"]
-    for _ in range(2):                                         # the second run takes the place of the first
+    for _ in range(processes):                                 # a second run takes the place of the first
         output = finish(run(flags, processes, cwd=tmp_path))
         assert output.count("there is no data/: fine-tuning the small bundled model") == 1
     out = tmp_path / "out" / "example" / "2"

@@ -28,7 +28,7 @@ PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=1
     (["--stage", "vqgan", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "pretrain", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "1", "--adversarial", "0.1"], "--adversarial and --lpips are for --stage vqgan"),
-    (["--stage", "vqgan", "--adversarial", "-1"], "argument --adversarial: must be 0 or above"),
+    (["--stage", "vqgan", "--adversarial", "-1"], "argument --adversarial: must be a number, 0 or above"),
     (["--stage", "vqgan", "--lpips", "VGG", "VGG"], "do not hold VGG-16 and LPIPS' heads")])
 def test_impossible_runs_are_refused_in_one_sentence(tmp_path, flags, said):
     torch.save({"a": torch.zeros(1)}, tmp_path / "vgg.pth")
@@ -86,14 +86,14 @@ def test_the_tokenizer_of_other_weights_trains_on_the_images_of_files_and_nothin
 
 def test_accumulating_4_x_1_equals_1_x_4(toy, tmp_path):
     for micro in (1, 4):
-        world_train.main(command(toy, tmp_path / str(micro), "--micro-batch", micro, stage="vqgan"))
+        world_train.main(command(toy, tmp_path / str(micro), "--micro-batch", micro, "--lr", 1e-4, stage="vqgan"))
     np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "4"), rtol=1e-5)
     assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
 
 
 @pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
 def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
-    flags = command(toy, "out", "--micro-batch", 1, "--val", toy[1], "--sample-every", 2, "--init", "random")
+    flags = command(toy, "out", "--micro-batch", 1, "--val", toy[1], "--sample-every", 2)
     finish(run([*flags, "--out", str(tmp_path / "two"), fsdp], processes=2, module="world.train"))
     world_train.main([*flags, "--out", str(tmp_path / "one")])
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
@@ -106,7 +106,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
 
 
 def test_resuming_with_muon_the_tokenizer_and_its_discriminator_is_exact_too(toy, tmp_path):
-    for stage, start in (("vqgan", ["--adversarial", "0.1"]), ("1", ["--init", "random"])):
+    for stage, start in (("vqgan", ["--adversarial", "0.1"]), ("1", [])):
         whole, cut = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-cut"
         for out in (whole, cut):
             world_train.main([*command(toy, out, "--save-every", 2, "--keep", 9, stage=stage, steps=6), *start])
@@ -118,14 +118,14 @@ def test_resuming_with_muon_the_tokenizer_and_its_discriminator_is_exact_too(toy
 
 
 def test_the_small_model_trains_stage_after_stage_from_nothing_on_painted_images(tmp_path, monkeypatch):
-    flags = ["--steps", "3", "--global-batch", "4", "--workers", "0", "--device", "cpu"]
+    flags = ["--steps", "3", "--global-batch", "4", "--size", "32", "--workers", "0", "--device", "cpu"]
     monkeypatch.chdir(tmp_path)                                # each stage starts from the one before in out/tiny
     monkeypatch.setattr(train, "VAL_SAMPLES", 4)
     for stage in world_train.STAGES:
         world_train.main(["--stage", stage, *flags])
     model = weights.load("out/tiny/2")
     batch = data.collate([model.processor("The dog face in <image>.\na dog face", [Image.new("RGB", (64, 64))])])
-    assert model.sample(batch, [0]).shape == (1, 3, 64, 64)
+    assert model.sample(batch, [0]).shape == (1, 3, 32, 32)
     assert model.config.decoder.prefix_rope == "grid" and len(log("out/tiny/2")) == 3
     finish(run(["--stage", "pretrain", *flags, "--init", str(tmp_path / "out/tiny/vqgan"), "--out",
                 str(tmp_path / "two"), "--micro-batch", "1"], processes=2, module="world.train"))
