@@ -236,7 +236,7 @@ def wrap(objective, args, ranks):
     if ranks.world == 1:
         return objective
     if not args.fsdp:
-        return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(objective, gradient_as_bucket_view=True)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -130,7 +130,8 @@ class PixelObjective(nn.Module):
         super().__init__()
         self.mentor, self.adversarial, self.fresh = mentor, adversarial, fresh
         self.progress = 1.0                    # share of the steps done: see before_step
-        self.register_buffer("used", torch.zeros(mentor.config.vqgan.codes, dtype=torch.bool))   # since the last look
+        used = torch.zeros(mentor.config.vqgan.codes, dtype=torch.bool)
+        self.used = nn.Parameter(used, requires_grad=False)    # since the last look; DDP would overwrite a buffer
         self.discriminator = Discriminator() if adversarial else None
         self.perceptual = load_perceptual(lpips) if lpips else None
 
