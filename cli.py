@@ -136,7 +136,7 @@ def atomic_file(path):
 
 
 def check_folder(path, ours=()):
-    """Raises InputError unless a folder of that name can be made, or replaced: it holds only names that are in `ours`."""
+    """Raises InputError unless a folder of that name can be made, or replaced: it holds names in `ours` only."""
     try:
         foreign = sorted(set(os.listdir(path)) - set(ours))
     except FileNotFoundError:
@@ -192,8 +192,7 @@ class Problems:
         self.named, self.failed, self.seen = [], 0, 0
 
     def add(self, problem):
-        """InputError once the problems exceed `share` of `seen`, the samples tried so far, if these are `least` or more.
-        """
+        """InputError once the problems exceed `share` of `seen`, the samples tried, if these are `least` or more."""
         self.failed += 1
         if problem not in self.named:
             self.named.append(problem)

@@ -4,7 +4,7 @@ Everything the network sees passes through here: a reference photograph becomes 
 VQGAN pixels, the prompt template of a task is filled in, and the text becomes T5 ids in which every reference image
 holds one `<image>` token for each CLIP patch (a MENTOR prompt of one dog: "The dog in " + 256 x <image> + ".\\n...").
 
-Training data is a JSON-lines file in the layout that MENTOR released (huggingface.co/datasets/BleachNick/Mentor_Stage2);
+Training data is a JSON-lines file in the layout of MENTOR's (huggingface.co/datasets/BleachNick/Mentor_Stage2);
 paths are absolute or relative to the file's folder:
 
     t2i          {"input_text": caption, "source_image": image, "generation_only": true}
@@ -376,7 +376,7 @@ class TaskData(Dataset):
     paths: JSONL files. image_size: pixels a side of targets. weights: {task: its share of the samples}, None as a share
     = as many as it has rows, no weights = all of TASKS that the rows hold; besides TASKS there are "caption" (a row's
     caption as labels, for the connector) and "picture" (the target alone, for a tokenizer). backgrounds: JSONL files
-    with `input_image`, for recovery; default the other rows' images. codes: weights.Codes, whose tokens come in place of
+    with `input_image`, for recovery; default the other rows' images. codes: weights.Codes, whose tokens come instead of
     target pixels.
 
     Everything random is drawn from (seed, epoch, position): sample k is the same whatever the number of workers and
@@ -404,7 +404,7 @@ class TaskData(Dataset):
         if self.tasks and not lacking:
             return
         counts = [f"{sum(row.task == task for row in self.rows)} {task}" for task in present]
-        message = (f"{', '.join(map(str, paths))}: no row for {' and '.join(lacking) or 'any task'}; add some, or leave "
+        message = (f"{', '.join(map(str, paths))}: no row for {' and '.join(lacking) or 'any task'}; add some or leave "
                    f"the task out (train.py --without); they have {', '.join(counts) or 'no usable row'}")
         if self.problems:
             message += f"; first problem: {self.problems[0]}"

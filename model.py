@@ -163,7 +163,7 @@ def additive(attend, dtype):
 def make_mask(valid, dtype=torch.float32):
     """Causal, padded keys hidden. valid: (B, L) bool -> (B, 1, L, L), 0 = attend, -inf = hidden
 
-    The diagonal is always open: a padding row sees nothing else, and a softmax over nothing would be NaN, which no later
+    The diagonal is always open: a padding row sees nothing else, and a softmax over nothing is NaN, which no later
     mask could remove. dtype: what attention computes in, so that no layer has to convert the mask again.
     """
     length = valid.size(1)
@@ -176,8 +176,8 @@ class KVCache:
     """Keys and values of all positions of one batch, allocated once: the final length is known.
 
     For MENTOR with guidance on one image: 36 layers x keys and values x 2 sequences x 20 heads x 1,536 positions x 64
-    channels, 283 M numbers. A step writes the position `at`, then reads the first `window` ones; the mask hides those of
-    them that are not written yet.
+    channels, 283 M numbers. A step writes the position `at`, then reads the first `window` ones; the mask hides what
+    is not written yet.
     """
     stride = 1                       # the window grows in steps of this many positions (Graphs takes larger ones)
 
@@ -476,7 +476,7 @@ def compile_blocks(decoder):
 
 
 class Graphs:
-    """Replays a decoding step as CUDA graphs, one for each window of the cache, so that Python and launches cost nothing.
+    """Replays a decoding step as CUDA graphs, one for each window of the cache: no time for Python and launches.
 
     The first step of a window runs as it is, which also warms up; the second is captured; all further ones are replays.
     step: takes and returns tensors of the device. Not yet run on a GPU.

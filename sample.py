@@ -100,8 +100,7 @@ def save(image, path, settings):
 
 
 def save_all(images, out, settings):
-    """One image to the file that `out_name` gives; several beside it, each with its own seed, and there a contact sheet.
-    """
+    """One image to the file that `out_name` gives; several beside it, each with its seed, and there a contact sheet."""
     path = out_name(out, settings["prompt"])
     factor = max(1, VIEW // images[0].width)
     images = [image.resize((factor * image.width, factor * image.height), Image.BICUBIC) for image in images]

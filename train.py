@@ -4,7 +4,7 @@
     python train.py --stage 2 --data my_photos/data.jsonl --init mentor --out out/mine                       # one GPU
     python train.py --stage 2                  # nothing there yet: a two-minute example with the small bundled model
 
-A stage is one row of STAGES: what it trains, on which tasks, how long, from which weights. Every flag overrides its row.
+A stage is one row of STAGES: what it trains, on which tasks, how long, from which weights. Flags override the row.
 `--out` becomes a folder that `sample.py --weights` takes, with `log.jsonl`, a plot of the losses and images sampled
 along the way, and checkpoints from which `--resume` goes on exactly. "Step" always means an optimizer step.
 
@@ -182,8 +182,8 @@ def parse(argv):
         find_data(args, EXAMPLE_DATA)
         args.out = args.out or EXAMPLE_OUT
     if not args.data:
-        raise InputError(f"there is nothing to learn from; put JSON lines into data/{args.stage}/ or data/, or name them "
-                         f"by --data (python prepare.py folder makes such a file of your images)")
+        raise InputError(f"there is nothing to learn from; put JSON lines into data/{args.stage}/ or data/, or name "
+                         f"them by --data (python prepare.py folder makes such a file of your images)")
     args.out = args.out or os.path.join("out", "mentor", args.stage)
     return args, override(EXAMPLE if example else STAGES[args.stage], args), example
 
@@ -319,8 +319,8 @@ def load_start(args, stage, log, command="train.py"):
     to get them."""
     folder, name = os.path.split(stage.init)
     if args.init is None and folder and not os.path.isdir(stage.init):
-        raise InputError(f"stage {args.stage} starts from {stage.init}, which is not there; make it by `python {command} "
-                         f"--stage {name}`, or name other weights by --init")
+        raise InputError(f"stage {args.stage} starts from {stage.init}, which is not there; make it by `python "
+                         f"{command} --stage {name}`, or name other weights by --init")
     try:
         return weights.load(stage.init, t5_decoder="caption" in stage.tasks, log=log, prefix_rope=stage.prefix_rope,
                             prefix_tokens=stage.prefix_tokens, image_size=args.size)
@@ -382,8 +382,8 @@ def check(run, before):
 def report(run):
     """Prints what will happen: parts, batch arithmetic, memory and length."""
     args, stage, ranks, config = run.args, run.stage, run.ranks, run.mentor.config
-    print(f"stage {args.stage} from {stage.init}: tasks {stage.tasks}, lr {stage.lr}, prefix {config.prefix_tokens} rows, "
-          f"{config.decoder.prefix_rope}, seed {args.seed}")
+    print(f"stage {args.stage} from {stage.init}: tasks {stage.tasks}, lr {stage.lr}, prefix {config.prefix_tokens} rows "
+          f"({config.decoder.prefix_rope}), seed {args.seed}")
     for name in PARTS:
         parameters = list(run.mentor.get_submodule(name).parameters())
         millions = sum(p.numel() for p in parameters) / 1e6
@@ -505,9 +505,9 @@ def sheet(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def read_micros(run, loader, problems, step):
+def read_micro_batches(run, loader, problems, step):
     """This rank's micro-batches of a step. batch["drop"] (B,): the samples that learn the unconditional rows."""
-    micros = []
+    micro_batches = []
     for i in range(run.accum):
         batch = next(loader)
         problems.seen += len(batch["name"])
@@ -516,16 +516,16 @@ def read_micros(run, loader, problems, step):
         position = step * run.stage.global_batch + (i * run.ranks.world + run.ranks.rank) * run.micro
         draws = [np.random.default_rng((run.args.seed, 1, position + k)).random() for k in range(len(batch["name"]))]
         batch["drop"] = torch.tensor(draws) < UNCONDITIONAL    # a function of (seed, sample)
-        micros.append(batch)
-    return micros
+        micro_batches.append(batch)
+    return micro_batches
 
 
-def train_step(run, micros, step):
+def train_step(run, micro_batches, step):
     """One optimizer step. -> {"loss", "losses" per task, "grad_norm"}; raises InputError where they are not finite."""
-    parts, elements = [], [run.objective.elements(batch) for batch in micros]             # (B,) each
+    parts, elements = [], [run.objective.elements(batch) for batch in micro_batches]             # (B,) each
     total = run.ranks.sum([float(torch.cat(elements).sum())])[0]
-    for i, batch in enumerate(micros):
-        with accumulating(run.model, last=i == len(micros) - 1):
+    for i, batch in enumerate(micro_batches):
+        with accumulating(run.model, last=i == len(micro_batches) - 1):
             with run.autocast():
                 losses = run.model(to_device(batch, run.ranks.device))                    # (B,), sums over elements
             # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
@@ -535,7 +535,7 @@ def train_step(run, micros, step):
     norm = nn.utils.clip_grad_norm_([p for p in run.model.parameters() if p.requires_grad], CLIP_NORM)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        names = sum(run.ranks.gather([name for batch in micros for name in batch["name"]]), [])
+        names = sum(run.ranks.gather([name for batch in micro_batches for name in batch["name"]]), [])
         folder = save_checkpoint(run, step, f"nonfinite-step-{step}")
         raise InputError(f"step {step}: the loss is {loss} and the gradient {norm}; the state before it is in "
                          f"{folder}, its samples are {', '.join(names)}; look at them or lower --lr")
@@ -559,9 +559,9 @@ def loop(run, stop, problems, before_step):
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        micros = read_micros(run, loader, problems, step)
-        before_step(run, micros, step)
-        record = train_step(run, micros, step)
+        micro_batches = read_micro_batches(run, loader, problems, step)
+        before_step(run, micro_batches, step)
+        record = train_step(run, micro_batches, step)
         record |= {"step": done, "lr": lr, "memory_gib": cli.used_memory(ranks.device),
                    "samples_per_s": stage.global_batch / (time.perf_counter() - begun)}
         bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {lr:.1e}, {record['samples_per_s']:.1f} samples/s, "
@@ -588,12 +588,12 @@ def loop(run, stop, problems, before_step):
 
 
 def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimizers_of=make_optimizers,
-        start=load_start, before_step=lambda run, micros, step: None, replace_old=False):
+        start=load_start, before_step=lambda run, micro_batches, step: None, replace_old=False):
     """A whole training run, from the command line to the last checkpoint.
 
     make_objective: Mentor -> module as TokenObjective. make_data: (args, stage, mentor, log) -> (training data,
-    validation data or None, data to sample sheets from). optimizers_of: (objective, stage) -> list. start: (args, stage,
-    log) -> Mentor. before_step: called with (run, micro-batches, step). replace_old: a run that --out holds goes.
+    validation data or None, data to sample sheets from). optimizers_of: (objective, stage) -> list. start: (args,
+    stage, log) -> Mentor. before_step: called with (run, micro-batches, step). replace_old: a run that --out holds goes.
     """
     # processes
     ranks = cli.Ranks.join(args.device)

@@ -1,7 +1,7 @@
 """Weights: public files and saved folders in, a whole model out; complete, or an error that names what is missing.
 
 The public files of MENTOR, LlamaGen, CLIP, FLAN-T5 and LLaVA's connector are recognised by the tensors in them and
-read under the names that their authors gave (the tables CLIP_NAMES and T5_NAMES stand beside the networks; LAYOUTS below
+read under the names that their authors gave (the tables CLIP_NAMES and T5_NAMES are beside the networks; LAYOUTS below
 says which parts of our model each file fills). A folder written by `save` is read the same way, with our own names.
 Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import NO_DROPOUT, ROOT, TINY, assert_same_weights, command, finish, log, losses, material, run, write_data
+from conftest import (NO_DROPOUT, ROOT, TINY, assert_same_weights, command, finish, log, losses, material, run,
+                      write_data)
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -105,10 +106,10 @@ def test_data_lies_in_a_folder_of_the_stage_or_in_data_itself(tmp_path, monkeypa
 def test_weights_that_a_stage_starts_from_are_named_with_the_command_that_makes_them(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for stage, said in (("2", "stage 2 starts from out/mentor/1, which is not there; make it by `python train.py --stage "
-                              "1`, or name other weights by --init"),
-                        ("connector", "stage connector starts from generator, which `python weights.py convert generator "
-                                      "out/generator` fetches")):
+    for stage, said in (("2", "stage 2 starts from out/mentor/1, which is not there; make it by `python train.py "
+                              "--stage 1`, or name other weights by --init"),
+                        ("connector", "stage connector starts from generator, which `python weights.py convert "
+                                      "generator out/generator` fetches")):
         with pytest.raises(InputError) as error:
             train.main(["--stage", stage, "--data", toy[1], "--workers", "0"])
         assert said in str(error.value)

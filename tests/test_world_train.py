@@ -39,7 +39,7 @@ def test_impossible_runs_are_refused_in_one_sentence(tmp_path, flags, said):
 
 def test_a_stage_whose_start_is_missing_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="starts from out/tiny/pretrain.*make it by `python -m world.train --stage pretr"):
+    with pytest.raises(InputError, match="starts from out/tiny/pretrain.*`python -m world.train --stage pretrain"):
         world_train.main(["--stage", "1"])
 
 

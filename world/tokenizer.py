@@ -126,7 +126,7 @@ class PixelObjective(nn.Module):
     """The tokenizer's objective, as train.fit takes it: stage vqgan."""
 
     def __init__(self, mentor, adversarial=0.0, lpips=None, fresh=True):
-        """adversarial: weight of the discriminator, 0 = none; lpips: paths of its files; fresh: codes have no place yet."""
+        """adversarial: weight of the discriminator, 0 = none; lpips: paths of its files; fresh: new codes."""
         super().__init__()
         self.mentor, self.adversarial, self.fresh = mentor, adversarial, fresh
         self.progress = 1.0                    # share of the steps done: see before_step
@@ -169,7 +169,7 @@ class PixelObjective(nn.Module):
         return loss
 
 
-def before_step(run, micros, step):
+def before_step(run, micro_batches, step):
     """A new tokenizer's codes: placed on latents when quantization begins, later moved there where nothing chose them.
 
     Rank 0 decides, with latents of its own samples.
@@ -181,7 +181,7 @@ def before_step(run, micros, step):
     used = torch.tensor(run.ranks.sum(objective.used.tolist())) > 0                       # (V,)
     quantizer = run.mentor.vqgan.quantize
     with run.evaluating():
-        z = run.mentor.vqgan.latent(micros[0]["target"].to(run.ranks.device))             # (B, e, h, w)
+        z = run.mentor.vqgan.latent(micro_batches[0]["target"].to(run.ranks.device))             # (B, e, h, w)
         restart_dead_codes(quantizer, ~used.to(run.ranks.device), z)
     if run.ranks.world > 1:
         dist.broadcast(quantizer.embedding.weight.data, src=0)
