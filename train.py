@@ -382,8 +382,8 @@ def check(run, before):
 def report(run):
     """Prints what will happen: parts, batch arithmetic, memory and length."""
     args, stage, ranks, config = run.args, run.stage, run.ranks, run.mentor.config
-    print(f"stage {args.stage} from {stage.init}: tasks {stage.tasks}, lr {stage.lr}, prefix {config.prefix_tokens} rows "
-          f"({config.decoder.prefix_rope}), seed {args.seed}")
+    print(f"stage {args.stage} from {stage.init}: tasks {stage.tasks}, lr {stage.lr}, seed {args.seed}, prefix "
+          f"{config.prefix_tokens} rows, {config.decoder.prefix_rope}")
     for name in PARTS:
         parameters = list(run.mentor.get_submodule(name).parameters())
         millions = sum(p.numel() for p in parameters) / 1e6
@@ -593,7 +593,7 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
 
     make_objective: Mentor -> module as TokenObjective. make_data: (args, stage, mentor, log) -> (training data,
     validation data or None, data to sample sheets from). optimizers_of: (objective, stage) -> list. start: (args,
-    stage, log) -> Mentor. before_step: called with (run, micro-batches, step). replace_old: a run that --out holds goes.
+    stage, log) -> Mentor. before_step: called with (run, micro-batches, step). replace_old: a run in --out goes.
     """
     # processes
     ranks = cli.Ranks.join(args.device)

@@ -132,8 +132,8 @@ class PretrainObjective(TokenObjective):
         return masked.to(tokens.device)
 
     def token_losses(self, prefix, tokens):
-        """Cross entropy of the tokens under every patch. The head gives a point in the codes' space, its similarities to
-        the codes are the logits: similar codes are close by construction, and a near miss costs less. -> (n,)"""
+        """Cross entropy of the tokens under every patch. The head gives a point in the codes' space, its similarities
+        to the codes are the logits: similar codes are close by construction, and a near miss costs less. -> (n,)"""
         patches, side = self.mentor.config.vision.grid, self.side
         codes = F.normalize(self.mentor.vqgan.quantize.embedding.weight, dim=-1)          # (V, e)
         target = tokens.view(-1, patches, side, patches, side).transpose(2, 3).flatten()  # (n * T,) patch by patch
