@@ -15,6 +15,7 @@ import sys
 import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -211,7 +212,12 @@ def pick_device(name=None, choices=("cuda", "mps", "cpu")):
         torch.empty(1, device=name).item()     # which `meta` cannot
     except Exception as error:                 # each backend raises its own
         raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); try cpu") from None
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)            # graphs are captured on the current device, not on that of the tensors
     return name
+
+
+TIMEOUT = timedelta(hours=2)   # others wait while rank 0 writes 25 GB or asks a judge; NCCL's own is ten minutes
 
 
 @dataclass
@@ -228,10 +234,12 @@ class Ranks:
         if "RANK" not in os.environ:
             return cls(0, 1, torch.device(name))
         if name == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
+            name = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+            options = {"backend": "gloo", "timeout": TIMEOUT}
+            if name.startswith("cuda"):
+                options |= {"backend": "nccl", "device_id": torch.device(name)}
+            dist.init_process_group(**options)
         return cls(dist.get_rank(), dist.get_world_size(), torch.device(name))
 
     def leave(self):

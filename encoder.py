@@ -7,8 +7,7 @@
 CLIP ViT-L/14 (openai/clip-vit-large-patch14) gives the features of its last block but one: the last block is trained
 only to serve the class token, the patches before it still tell what is where. T5 is FLAN-T5 (google/flan-t5-xl): its
 encoder reads in both directions, so that words and patches see each other before the decoder, which only looks back,
-reads them. T5's decoder half is needed once, to pretrain the connector by captioning. Behind each network stands the
-table of its tensors' public names.
+reads them. T5's decoder half is needed once, to pretrain the connector by captioning.
 
 Shape letters: B batch, K reference images, P patches of an image, S prefix rows, L any length, M a memory's length,
 C width of the network at hand, H heads, hd channels a head, V T5's vocabulary.

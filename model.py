@@ -5,8 +5,7 @@
     T tokens --vqgan.py--> image
 
 The decoder is LlamaGen's (autoregressive/models/gpt.py), which is Llama's with rows and columns in place of positions
-(`rope2d.py`). This file holds the configuration, the prefix, the decoder and its cache, the sampling of tokens and the
-whole model; at its end stands what only speed decided.
+(`rope2d.py`). At the end of this file stands what only speed decided.
 
 Shape letters: B batch, K reference images, S prefix rows, T image tokens (grid * grid), L = S + T, C T5's width,
 D the decoder's width, H heads, hd channels a head, V codes. Next: `vqgan.py`, which makes images of tokens.
@@ -496,7 +495,7 @@ class Graphs:
             self.inputs = [tensor.clone() for tensor in inputs]            # a graph reads the same memory every time
         if self.captured[window] is None:
             graph, length = torch.cuda.CUDAGraph(), self.cache.length
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # a loader's thread may allocate
                 output = self.step(*self.inputs)               # records what the device is to do, and does nothing
             self.captured[window], self.cache.length = (graph, output), length
         graph, output = self.captured[window]

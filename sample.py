@@ -64,7 +64,7 @@ def parse(argv):
     where.add_argument("--dtype", choices=weights.DTYPES, help="default: bf16 on cuda, else fp32")
     where.add_argument("--offload", action="store_true", help="CLIP and T5 make room once they have read the prompt")
     where.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks: half a "
-                       "minute at the first use, then faster; default: for decoders of 100 M parameters and more")
+                       "minute at the first use, then faster; default: for large decoders, on a GPU from 32 images on")
     args = parser.parse_args(argv)
     args.example = not (args.prompt or args.ref or args.task)
     if args.example:
@@ -131,7 +131,8 @@ def main(argv=None):
     if args.weights.startswith("random"):
         print("weights: random, so the image will be noise; for real images use --weights tiny, mentor or a folder")
     if args.compile is None:
-        args.compile = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
+        large = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
+        args.compile = large and (device == "cpu" or args.n >= 32)     # on a GPU: a minute, to save 2 s an image
     if args.compile:
         model.compile_blocks(mentor.decoder)
 

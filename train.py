@@ -8,8 +8,7 @@ A stage is one row of STAGES: what it trains, on which tasks, how long, from whi
 `--out` becomes a folder that `sample.py --weights` takes, with `log.jsonl`, a plot of the losses and images sampled
 along the way, and checkpoints from which `--resume` goes on exactly. "Step" always means an optimizer step.
 
-The loop at the end is short: start there and read backwards if you like. Next: `world/`, where a small model is trained
-from nothing.
+The loop at the end is short: start there if you like. Next: `world/`, where a small model is trained from nothing.
 """
 import argparse
 import functools
@@ -244,12 +243,9 @@ def wrap(objective, args, ranks):
 
 
 def accumulating(model, last):
-    """Context of one micro-batch: gradients travel between ranks only with the last one of a step."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    return nullcontext()
+    """Context of one micro-batch: DDP's gradients travel between ranks only with the last one of a step. FSDP's travel
+    each time: to wait would keep the gradients of all parameters on every rank."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def make_optimizers(objective, stage, leave_out=()):
@@ -539,9 +535,10 @@ def train_step(run, micro_batches, step):
         folder = save_checkpoint(run, step, f"nonfinite-step-{step}")
         raise InputError(f"step {step}: the loss is {loss} and the gradient {norm}; the state before it is in "
                          f"{folder}, its samples are {', '.join(names)}; look at them or lower --lr")
+    keep = isinstance(run.model, DistributedDataParallel)      # its gradients are views into the buckets that travel
     for optimizer in run.optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not keep)
     return {"loss": loss, "losses": losses, "grad_norm": norm}
 
 
@@ -600,6 +597,7 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     log = tqdm.write if ranks.rank == 0 else lambda line: None
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)            # NaN gradients under some masks (pytorch issue 196678)
     cli.claim(args.out, ranks, args.resume, replace_old)
     stop, problems = cli.Stop(), cli.Problems(tqdm.write)
 

@@ -169,7 +169,9 @@ class Quantizer(nn.Module):
         """Nearest code at every position, in raster order. z: (B, e, h, w) -> (B, T) int64"""
         z = F.normalize(z.flatten(2).transpose(1, 2).float(), dim=-1)                     # (B, T, e)
         codes = F.normalize(self.embedding.weight.float(), dim=-1)                        # (V, e)
-        with torch.autocast(z.device.type, enabled=False):     # bf16 would mistake one code in fifteen for another
+        if z.is_cuda:
+            z, codes = z.double(), codes.double()              # TF32 would mistake one code in 300 for another
+        with torch.autocast(z.device.type, enabled=False):     # and bf16 one in fifteen
             # in pieces, because the (rows, V) similarities of a large batch would take gigabytes
             nearest = [(rows @ codes.T).argmax(dim=-1) for rows in z.flatten(0, 1).split(4096)]
         return torch.cat(nearest).view(z.shape[:2])                                       # (B, T)

@@ -178,7 +178,7 @@ class Device:
         self.cache.length = length
 
     @contextlib.contextmanager
-    def record(self, graph):
+    def record(self, graph, **options):
         memory = [self.cache.kv, self.cache.mask, self.cache.at]
         before, self.graph, self.window = [tensor.clone() for tensor in memory], graph, self.cache.window
         yield
