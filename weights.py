@@ -310,15 +310,17 @@ def public_config(files):
     return config
 
 
-def override(config, prefix_rope=None, prefix_tokens=None, image_size=None):
-    """The same network with another rotation of the prefix, room for a longer one, or for smaller images."""
+def override(config, prefix_rope=None, prefix_tokens=None):
+    """The same network with another rotation of the prefix, or with room for a longer one."""
     decoder = replace(config.decoder, prefix_rope=prefix_rope or config.decoder.prefix_rope)
-    size = image_size or config.image_size
-    if size % config.vqgan.factor or not 0 < size <= config.image_size:
-        raise InputError(f"these weights draw pictures of up to {config.image_size} pixels a side, in steps of "
-                         f"{config.vqgan.factor}, not {size}")
-    return replace(config, decoder=decoder, prefix_tokens=max(config.prefix_tokens, prefix_tokens or 0),
-                   image_size=size)
+    return replace(config, decoder=decoder, prefix_tokens=max(config.prefix_tokens, prefix_tokens or 0))
+
+
+def resize(mentor, image_size):
+    """Gives a model a smaller size of its images, None = its own. -> the model; InputError where it cannot have it"""
+    size = mentor.check_size(image_size or mentor.config.image_size)
+    mentor.config = replace(mentor.config, image_size=size)
+    return mentor
 
 
 def config_from_dict(cls, values):
@@ -498,13 +500,14 @@ def place(mentor, device, dtype, offload=False):
     return mentor.eval()
 
 
-def load(weights, device="cpu", dtype=torch.float32, config=None, t5_decoder=False, offload=False, log=print,
-         **overrides):
+def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=None, t5_decoder=False, offload=False,
+         log=print, **overrides):
     """Reads a whole model; raises InputError unless every tensor is there and fits. -> Mentor, in eval mode
 
     weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
-    holds either a saved model or public files under any names. config: instead of what the files say. t5_decoder: also
-    T5's captioning half. offload: see `place`. log: takes one line of news. overrides: as `override` takes them.
+    holds either a saved model or public files under any names. config: instead of what the files say. image_size:
+    smaller than the weights' own. t5_decoder: also T5's captioning half. offload: see `place`. log: takes one line of
+    news. overrides: as `override` takes them.
     """
     weights = str(weights)
     if re.fullmatch(r"random(-\w+)?", weights):
@@ -515,13 +518,13 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, t5_decoder=Fal
         model = random_model(config, byte_tokenizer(), 0, t5_decoder)
         generator = torch.Generator().manual_seed(0)         # the published start, zero, would not look at its input
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
-        return place(model, device, dtype, offload)
+        return place(resize(model, image_size), device, dtype, offload)
     paths = {os.path.basename(path): path for path in locate(weights)}
     if "config.json" in paths and "model.safetensors" in paths and not is_public_folder(paths):
         model = load_folder(weights, paths, config, overrides, t5_decoder)
     else:
         model = load_public_files(weights, paths, config, overrides, t5_decoder, log)
-    return place(model, device, dtype, offload)
+    return place(resize(model, image_size), device, dtype, offload)
 
 
 def write(mentor, folder, state=None):

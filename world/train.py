@@ -172,8 +172,8 @@ def load_start(args, stage, log):
     """The weights that a stage starts from; random ones have the small model's size. -> Mentor"""
     if stage.init != "random":
         return train.load_start(args, stage, log, command="-m world.train")
-    config = weights.override(SMALL, stage.prefix_rope, stage.prefix_tokens, args.size)
-    return weights.random_model(config, small_tokenizer(), args.seed)
+    config = weights.override(SMALL, stage.prefix_rope, stage.prefix_tokens)
+    return weights.resize(weights.random_model(config, small_tokenizer(), args.seed), args.size)
 
 
 def make_data(args, stage, mentor, log):
