@@ -45,10 +45,26 @@ def first_to_report():
     return True
 
 
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+@contextmanager
+def enough_memory(advice):
+    """Turns the machine's or the GPU's running out of memory into an InputError; advice: what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:               # PyTorch's own is a RuntimeError
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            reason = (str(error).strip().splitlines() or ["the machine's"])[0][:160]
+            raise InputError(f"out of memory ({reason}); {advice}") from None
+        raise
+
+
 def run(main):
     """Runs a script's main; bad input becomes one line on stderr and exit code 2, an interrupt exit code 130."""
     try:
-        main()
+        with enough_memory("close other programs, or ask for less at once"):
+            main()
     except InputError as error:
         if first_to_report():
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
@@ -212,6 +228,8 @@ def pick_device(name=None, choices=("cuda", "mps", "cpu")):
         torch.empty(1, device=name).item()     # which `meta` cannot
     except Exception as error:                 # each backend raises its own
         raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); try cpu") from None
+    if name.startswith("cuda"):
+        torch.backends.cudnn.allow_tf32 = False                # one code in a thousand of a VQGAN would be another
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)            # graphs are captured on the current device, not on that of the tensors
     return name
@@ -230,11 +248,11 @@ class Ranks:
     @classmethod
     def join(cls, device=None):
         """Joins the others, if there are any. device: its name, default cuda, else cpu."""
+        if "RANK" in os.environ and device in (None, "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"        # at once, or all would take room on the first card
         name = pick_device(device, ("cuda", "cpu"))
         if "RANK" not in os.environ:
             return cls(0, 1, torch.device(name))
-        if name == "cuda":
-            name = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         if not dist.is_initialized():
             options = {"backend": "gloo", "timeout": TIMEOUT}
             if name.startswith("cuda"):
@@ -266,6 +284,11 @@ class Ranks:
         """Waits until all ranks are here."""
         if self.world > 1:
             dist.barrier()
+
+
+def card_memory(device):
+    """GiB that a GPU has in all; None where the device is none."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
 
 
 class Stop:

@@ -30,6 +30,13 @@ def compute_dtype(x):
     return x.dtype
 
 
+def aligned(mask):
+    """The same numbers in rows that begin at multiples of 8, as a GPU's attention wants them; it would copy any other
+    mask in every layer. (..., L) -> (..., L)"""
+    length = mask.size(-1)
+    return F.pad(mask, (0, -length % 8))[..., :length] if length % 8 else mask
+
+
 class Attention(nn.Module):
     """Multi-head attention over x, or from x to a memory.
 
@@ -154,7 +161,8 @@ class T5Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; the statistics in fp32 whatever x is, because bf16 squares lose too much."""
+    """x / rms(x) * weight; the statistics in fp32 whatever x is, because bf16 squares lose too much. Under autocast the
+    result is cast here, once for all products that read it."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -164,7 +172,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
-        return h.type_as(x) * self.weight
+        return (h.type_as(x) * self.weight).to(compute_dtype(x))
 
 
 def relative_buckets(length, bidirectional, buckets, max_distance, device=None):
@@ -240,8 +248,8 @@ class T5Stack(nn.Module):
         memory_bias = None
         if memory_mask is not None:
             memory_bias = torch.zeros_like(memory_mask, dtype=dtype).masked_fill(~memory_mask, hidden)
-            memory_bias = memory_bias[:, None, None, :]                                   # (B, 1, 1, M)
-        x = self.dropout(x)
+            memory_bias = aligned(memory_bias[:, None, None, :])                          # (B, 1, 1, M)
+        bias, x = aligned(bias), self.dropout(x)
         for block in self.blocks:
             x = block(x, bias, memory, memory_bias)
         return self.dropout(self.norm(x))

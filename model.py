@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cli import InputError
 from data import IMAGE, Processor
-from encoder import MultimodalEncoder, RMSNorm, T5Config, VisionConfig, compute_dtype
+from encoder import MultimodalEncoder, RMSNorm, T5Config, VisionConfig, aligned, compute_dtype
 from rope2d import apply_rope, prefix_and_image_table
 from vqgan import VQGAN, VQConfig
 
@@ -156,7 +156,7 @@ class Projector(nn.Module):
 
 def additive(attend, dtype):
     """A mask to be added to scores: 0 where True, -inf where False."""
-    return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, -math.inf)
+    return aligned(torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, -math.inf))
 
 
 def make_mask(valid, dtype=torch.float32):
@@ -185,7 +185,7 @@ class KVCache:
         self.length, self.total = rows, rows + grid * grid     # positions filled so far, and in the end
         self.kv = prefix.rows.new_zeros(config.layers, 2, batch, config.heads, self.total, config.head_dim)
         attend = F.pad(prefix.valid, (0, grid * grid), value=False)                       # (B, L)
-        self.mask = additive(attend, prefix.rows.dtype)[:, None, None]                    # (B, 1, 1, L)
+        self.mask = additive(attend[:, None, None], prefix.rows.dtype)                    # (B, 1, 1, L)
         self.at = torch.full((1,), rows, device=prefix.rows.device)                       # length, where steps read it
 
     @property
@@ -343,6 +343,7 @@ class Mentor(nn.Module):
     def __init__(self, config, tokenizer=None, t5_decoder=False):
         super().__init__()
         self.config, self.processor = config, None
+        self.graphs = True                     # on a GPU, decoding steps are replayed as CUDA graphs
         self.encoder = MultimodalEncoder(config.vision, config.t5, config.connector, config.image_id, t5_decoder)
         self.projector = Projector(config.t5.width, config.decoder.width, config.prefix_tokens)
         self.decoder = Decoder(config.decoder, config.vision.grid)
@@ -386,7 +387,7 @@ class Mentor(nn.Module):
         if "tokens" in batch:
             return batch["tokens"]
         with torch.autocast(batch["ids"].device.type, enabled=False):      # bf16 would choose other codes
-            return self.vqgan.encode(batch["target"])
+            return torch.cat([self.vqgan.encode(image[None]) for image in batch["target"]])      # it spares memory
 
     def forward(self, batch):
         """The training loss: cross entropy of every image token, nothing on the prefix (paper section 2.3). -> (B, T)
@@ -396,8 +397,8 @@ class Mentor(nn.Module):
         if "labels" in batch:
             h = self.encoder(batch["ids"], batch["mask"], batch["refs"])                  # (B, S, C)
             return self.encoder.t5.caption_losses(h, batch["mask"], batch["labels"])
-        prefix = self.prefix(batch["ids"], batch["mask"], batch["refs"], batch.get("drop"))
         tokens = self.target_tokens(batch)                                                # (B, T)
+        prefix = self.prefix(batch["ids"], batch["mask"], batch["refs"], batch.get("drop"))
         logits = self.decoder(prefix, tokens[:, :-1], math.isqrt(tokens.size(1)))         # (B, T, V)
         return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (B, T)
 
@@ -424,7 +425,7 @@ class Mentor(nn.Module):
             logits = self.decoder.decode_step(token.repeat(copies), cache, rope)          # (B or 2B, V)
             return sample_tokens(guide(logits, sampling.cfg_scale), uniform, sampling)    # (B,)
 
-        if logits.is_cuda:
+        if logits.is_cuda and self.graphs:
             step = Graphs(step, cache)
         tokens = [sample_tokens(guide(logits, sampling.cfg_scale), uniform[:, 0], sampling)]
         for k in tqdm(range(1, count), desc="sampling", unit="token", disable=not progress, leave=False):

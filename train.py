@@ -11,7 +11,6 @@ along the way, and checkpoints from which `--resume` goes on exactly. "Step" alw
 The loop at the end is short: start there if you like. Next: `world/`, where a small model is trained from nothing.
 """
 import argparse
-import functools
 import glob
 import json
 import math
@@ -85,6 +84,9 @@ EXAMPLE_OUT = os.path.join("out", "example", "2")      # replaced each time
 BETAS, WEIGHT_DECAY, CLIP_NORM = (0.9, 0.95), 0.05, 1.0
 WARMUP, FLOOR = 0.05, 0.1  # share of the steps in which the learning rate rises; what share of it is left in the end
 UNCONDITIONAL = 0.1        # share of samples that learn the unconditional rows
+
+
+RATE = 4.5                 # samples a second and A100, in the paper's stage 2 (section 3.1)
 
 
 def lr_at(step, steps, peak):
@@ -172,7 +174,15 @@ def find_data(args, folder):
 
 def parse(argv):
     """The command line -> arguments, the stage's row with their overrides, whether this is the example."""
-    args = make_parser(list(STAGES), __doc__).parse_args(argv)
+    parser = make_parser(list(STAGES), __doc__)
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--dry-run", action="store_true", help="print rows, steps, hours and memory, and stop; needs "
+                      "neither the weights nor a GPU")
+    plan.add_argument("--gpus", type=cli.positive_int, default=int(os.environ.get("WORLD_SIZE", 8)),
+                      help="for --dry-run (default: torchrun's, else 8)")
+    plan.add_argument("--rate", type=cli.positive_float, default=RATE, help="samples a second and GPU, for --dry-run; "
+                      f"default {RATE}, the paper's on A100s")
+    args = parser.parse_args(argv)
     for folder in (os.path.join("data", args.stage), "data"):
         if not args.data:
             find_data(args, folder)
@@ -223,21 +233,31 @@ def freeze(objective, trains):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
+def checkpointed(forward):
+    """A block's forward that keeps its inputs alone for the backward pass, and computes the rest twice."""
+    def call(*inputs):
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *inputs, use_reentrant=False)
+        return forward(*inputs)                # it also draws sheets, in CUDA graphs, which no checkpoint may enter
+    return call
+
+
 def wrap(objective, args, ranks):
     """The objective as all ranks train it together; the blocks compiled and checkpointed as asked for."""
     mentor = objective.mentor
-    blocks = [*mentor.decoder.layers, *mentor.encoder.t5.encoder.blocks]
+    blocks = weights.trainable_blocks(mentor)
     for block in blocks:
         if args.compile:
             block.forward = torch.compile(block.forward)
         if args.checkpoint_activations:        # outside: the compiler does not look into a checkpoint
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = checkpointed(block.forward)
     if ranks.world == 1:
         return objective
     if not args.fsdp:
         return DistributedDataParallel(objective, gradient_as_bucket_view=True)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    for block in blocks:
+    mentor.graphs = False                      # no graph can hold the talk between ranks
+    for block in [*mentor.encoder.clip.blocks, *blocks]:
         fully_shard(block, mesh=mesh)
     return fully_shard(objective, mesh=mesh)
 
@@ -279,10 +299,11 @@ class Run:
     first: int                         # steps done before
     log: object                        # takes a line; silent but on rank 0
 
-    def autocast(self):
-        """bf16 products over fp32 weights on a GPU, plain fp32 elsewhere."""
+    def autocast(self, cache=True):
+        """bf16 products over fp32 weights on a GPU, plain fp32 elsewhere. cache: keep the weights' bf16 copies for
+        their next use, which a training step does not have."""
         device = self.ranks.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=cache)
 
     @contextmanager
     def evaluating(self):
@@ -291,10 +312,12 @@ class Run:
         sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         self.model.eval()
         for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)         # or each decoding step would gather anew
             module.unshard()
         with torch.no_grad():
             yield
         for module in sharded:
+            module.set_reshard_after_forward(module is not self.model, recurse=False)
             module.reshard()
         for module in training:
             module.training = True
@@ -302,7 +325,7 @@ class Run:
     def settings(self):
         """Everything that decides the losses, for a resumed run to compare; machine and output do not."""
         free = ("resume", "out", "device", "fsdp", "checkpoint_activations", "compile", "workers", "save_every",
-                "sample_every", "keep", "val", "codes", "without", "micro_batch")
+                "sample_every", "keep", "val", "codes", "without", "micro_batch", "dry_run", "gpus", "rate")
         given = {name: value for name, value in vars(self.args).items() if name not in free}
         config, recipe = self.mentor.config, asdict(replace(self.stage, epochs=0, micro=0))
         derived = {"epochs": 0, "steps": self.steps, "samples": len(self.train), "size": config.image_size,
@@ -347,11 +370,30 @@ def task_data(args, stage, mentor, log):
     return train, val, val
 
 
-def batch_arithmetic(args, stage, ranks, samples):
+def choose_micro_batch(args, stage, mentor, ranks):
+    """Samples that a rank computes at once: as asked for, else the most that leave its GPU 8 GB free.
+
+    InputError where a step cannot fit, with flags under which it does.
+    """
+    sizes = [micro for micro in range(stage.micro, 0, -1) if stage.global_batch / ranks.world % micro == 0] or [1]
+    card = cli.card_memory(ranks.device)
+    if card is None:
+        return args.micro_batch or sizes[0]
+    room = card if args.micro_batch else card - weights.SPARE
+    for micro in [args.micro_batch] if args.micro_batch else sizes:
+        way = weights.Way(args.fsdp, args.checkpoint_activations, micro)
+        needed = sum(weights.training_memory(mentor, stage.trains, ranks.world, way).values())
+        if needed <= room:
+            return micro
+    way = weights.way_to_fit(mentor, stage.trains, ranks.world, card, sizes)
+    advice = f"it fits with {way}" if way else "take more GPUs and --fsdp, or larger ones"
+    raise InputError(f"{micro} samples at once need {needed:.1f} GiB by estimate, but this GPU has {card:.1f} and 8 GB "
+                     f"should stay free; {advice}")
+
+
+def batch_arithmetic(args, stage, mentor, ranks, samples):
     """-> (samples a rank computes at once, how often in a step, steps of the run)"""
-    share, micro = stage.global_batch / ranks.world, args.micro_batch
-    if micro is None:
-        micro = max((m for m in range(1, stage.micro + 1) if share % m == 0), default=1)
+    micro = choose_micro_batch(args, stage, mentor, ranks)
     accum = stage.global_batch // (micro * ranks.world)
     if accum * micro * ranks.world != stage.global_batch:
         raise InputError(f"--global-batch {stage.global_batch} is no multiple of --micro-batch {micro} x {ranks.world} "
@@ -375,6 +417,22 @@ def check(run, before):
                              f"same, or start a new run in another --out")
 
 
+def plan(args, stage):
+    """Prints what a run would be, from its rows and its weights' sizes alone."""
+    config = weights.override(weights.find_config(stage.init), stage.prefix_rope, stage.prefix_tokens)
+    with torch.device("meta"):
+        mentor = weights.resize(Mentor(config, t5_decoder="caption" in stage.tasks), args.size)
+    args.codes = None                          # encoding ahead changes neither rows nor memory
+    train, _, _ = task_data(args, stage, mentor, print)
+    steps = stage.steps or max(1, round(stage.epochs * len(train) / stage.global_batch))
+    for task, count in train.counts.items():
+        rows = len(np.unique(train.entries[task][:, 0]))
+        print(f"{task:12}{rows:10,} rows {count:10,} samples an epoch")
+    hours = steps * stage.global_batch / (args.rate * args.gpus) / 3600
+    print(f"steps: {steps:,} of {stage.global_batch} samples, {hours:,.1f} hours on {args.gpus} GPUs at {args.rate} "
+          f"samples a second and GPU\n{weights.memory_table(mentor, stage.trains, args.gpus)}")
+
+
 def report(run):
     """Prints what will happen: parts, batch arithmetic, memory and length."""
     args, stage, ranks, config = run.args, run.stage, run.ranks, run.mentor.config
@@ -386,25 +444,26 @@ def report(run):
         print(f"  {name:18} {millions:9.2f} M  {'trains' if parameters[0].requires_grad else 'frozen'}")
     print(f"batch: {run.micro} samples x {ranks.world} ranks x {run.accum} micro-batches = {stage.global_batch}")
     print(f"steps: {run.steps} of {stage.global_batch} samples, {len(run.train)} samples an epoch")
-    itemsize, shards = (2 if ranks.device.type == "cuda" else 4), (ranks.world if args.fsdp else 1)
-    rows = weights.training_memory(run.mentor, stage.trains, run.micro, itemsize, shards, args.checkpoint_activations)
-    print("memory per rank, estimated: " + ", ".join(f"{what} {gib:.2f} GiB" for what, gib in rows.items())
-          + f"; together {sum(rows.values()):.2f} GiB")
+    way, card = weights.Way(args.fsdp, args.checkpoint_activations, run.micro), cli.card_memory(ranks.device)
+    rows = weights.training_memory(run.mentor, stage.trains, ranks.world, way, 2 if card else 4)
+    print("memory per rank, estimated: " + ", ".join(f"{what} {gib:.2f}" for what, gib in rows.items())
+          + f"; together {sum(rows.values()):.2f} GiB" + (f" of the GPU's {card:.1f}" if card else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: out/step-00000500/ is a model folder plus training.safetensors and training.json; the newest model's
 # files are linked into out/ itself, so that `sample.py --weights out` always works
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = StateDictOptions(full_state_dict=True)                  # for reading: without copies on the host
+ON_HOST = StateDictOptions(full_state_dict=True, cpu_offload=True)
 OURS = "mentor."           # names of the model's tensors in an objective; all others belong to the training alone
 
 
 def save_checkpoint(run, step, name=None):
     """Writes the state after `step` optimizer steps; it appears whole or not at all. -> its folder"""
-    out, state = run.args.out, get_model_state_dict(run.model, options=FULL)   # on rank 0: everything, gathered
+    out, state = run.args.out, get_model_state_dict(run.model, options=ON_HOST)  # on rank 0: everything, gathered
     folder = os.path.join(out, name or f"step-{step:08}")
-    moments = get_optimizer_state_dict(run.model, run.optimizers, options=FULL)
+    moments = get_optimizer_state_dict(run.model, run.optimizers, options=ON_HOST)
     if run.ranks.rank == 0:
         tensors = {key: tensor for key, tensor in state.items() if not key.startswith(OURS)}
         for parameter, values in moments["state"].items():
@@ -522,7 +581,7 @@ def train_step(run, micro_batches, step):
     total = run.ranks.sum([float(torch.cat(elements).sum())])[0]
     for i, batch in enumerate(micro_batches):
         with accumulating(run.model, last=i == len(micro_batches) - 1):
-            with run.autocast():
+            with run.autocast(cache=False):
                 losses = run.model(to_device(batch, run.ranks.device))                    # (B,), sums over elements
             # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
             (losses.sum() * (run.ranks.world / total)).backward()
@@ -557,8 +616,10 @@ def loop(run, stop, problems, before_step):
             for group in optimizer.param_groups:
                 group["lr"] = lr
         micro_batches = read_micro_batches(run, loader, problems, step)
-        before_step(run, micro_batches, step)
-        record = train_step(run, micro_batches, step)
+        with cli.enough_memory(f"step {done} takes {run.micro} samples at once; go on with a smaller --micro-batch, or "
+                               "--fsdp or --checkpoint-activations, and --resume if there is a checkpoint"):
+            before_step(run, micro_batches, step)
+            record = train_step(run, micro_batches, step)
         record |= {"step": done, "lr": lr, "memory_gib": cli.used_memory(ranks.device),
                    "samples_per_s": stage.global_batch / (time.perf_counter() - begun)}
         bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {lr:.1e}, {record['samples_per_s']:.1f} samples/s, "
@@ -614,7 +675,7 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     untrained = tuple(part for part in mentor.config.untrained if not part.startswith(stage.trains))
     mentor.config = replace(mentor.config, untrained=untrained)
     train, val, shown = make_data(args, stage, mentor, log)
-    micro, accum, steps = batch_arithmetic(args, stage, ranks, len(train))
+    micro, accum, steps = batch_arithmetic(args, stage, mentor, ranks, len(train))
 
     # objective and optimizers
     torch.manual_seed(args.seed)               # what an objective adds to the model starts the same on every rank
@@ -638,6 +699,8 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
 def main(argv=None):
     """The command line."""
     args, stage, example = parse(argv)
+    if args.dry_run:
+        return plan(args, stage) if os.environ.get("RANK", "0") == "0" else None
     if example and os.environ.get("RANK", "0") == "0":
         print(f"there is no data/: fine-tuning the small bundled model on the example rows of {EXAMPLE_DATA} (README)")
     fit(args, stage, replace_old=args.out == EXAMPLE_OUT)

@@ -30,7 +30,7 @@ from torch import nn
 
 import cli
 from cli import InputError
-from data import IMAGE
+from data import CAPTION_TOKENS, IMAGE
 from encoder import CLIP_NAMES, T5_NAMES, Connector
 from model import SIZES, Mentor, MentorConfig
 from rope2d import PREFIX_ROPE
@@ -338,15 +338,48 @@ def config_from_dict(cls, values):
     return cls(**made)
 
 
+def is_public_folder(paths):
+    """Whether config.json is one of the transformers library, as the hub has it beside public weights."""
+    try:
+        with open(paths["config.json"]) as file:
+            return "model_type" in json.load(file)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+RANDOM = re.compile(r"random(-\w+)?")          # names of random models
+
+
+def random_config(name):
+    """The configuration of a random model: "random" or "random-XL", any row of SIZES."""
+    size = name[7:] or "toy"
+    if size not in SIZES:
+        raise InputError(f"{name}: no such size; the sizes are {', '.join(SIZES)}")
+    return SIZES[size]
+
+
+def read_config(path):
+    """The configuration in a config.json that `write` wrote."""
+    try:
+        with open(path) as file:
+            return config_from_dict(MentorConfig, json.load(file))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a model's configuration ({error}); copy it again") from None
+
+
+def find_config(weights):
+    """The configuration of weights that need not be there yet: a folder's or a random model's own, else the published
+    one."""
+    if RANDOM.fullmatch(weights):
+        return random_config(weights)
+    path = os.path.join(BUNDLED.get(weights, weights), "config.json")
+    return read_config(path) if os.path.exists(path) and not is_public_folder({"config.json": path}) else MentorConfig()
+
+
 def load_folder(weights, paths, config, overrides, t5_decoder):
     """A folder that `save` wrote."""
     tokenizer = tokenizer_in(weights, paths)
-    try:
-        with open(paths["config.json"]) as file:
-            config = config or config_from_dict(MentorConfig, json.load(file))
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise InputError(f"{paths['config.json']}: not a model's configuration ({error}); copy it again") from None
-    config = override(config, **overrides)
+    config = override(config or read_config(paths["config.json"]), **overrides)
     tensors = read_tensors(paths["model.safetensors"])
     if not t5_decoder:
         tensors = {name: tensor for name, tensor in tensors.items()
@@ -477,15 +510,6 @@ def random_model(config, tokenizer, seed=0, t5_decoder=False):
         return Mentor(config, tokenizer, t5_decoder).eval()
 
 
-def is_public_folder(paths):
-    """Whether config.json is one of the transformers library, as the hub has it beside public weights."""
-    try:
-        with open(paths["config.json"]) as file:
-            return "model_type" in json.load(file)
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 def place(mentor, device, dtype, offload=False):
     """Moves a model for sampling. fp16 leaves the encoder in fp32, because T5 overflows; the VQGAN is always fp32.
 
@@ -510,11 +534,8 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=Non
     news. overrides: as `override` takes them.
     """
     weights = str(weights)
-    if re.fullmatch(r"random(-\w+)?", weights):
-        size = weights[7:] or "toy"
-        if size not in SIZES:
-            raise InputError(f"{weights}: no such size; the sizes are {', '.join(SIZES)}")
-        config = override(config or SIZES[size], **overrides)
+    if RANDOM.fullmatch(weights):
+        config = override(config or random_config(weights), **overrides)
         model = random_model(config, byte_tokenizer(), 0, t5_decoder)
         generator = torch.Generator().manual_seed(0)         # the published start, zero, would not look at its input
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
@@ -608,56 +629,139 @@ class Codes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory of a training run
+# Memory of a training step, by formula; tests/test_memory.py holds it against a count
 
-def activation_elements(mentor, prefix_rows, image_tokens, trains):
-    """Numbers kept for the backward pass by one sample of a token stage, counted layer by layer.
+class Stack(NamedTuple):
+    """Blocks that gradients pass, and how many bytes each keeps of a sample for its backward pass."""
+    blocks: nn.ModuleList
+    inputs: int                # what comes into it
+    kept: int                  # all, its input included
 
-    -> (kept in fp32 whatever autocast does, kept in the compute type); attention is taken to be fused, so that no
-    scores are kept. A sample passes T5 (if it or what lies before it trains), then the decoder.
-    """
-    d, t5 = mentor.config.decoder, mentor.config.t5
-    hidden = mentor.decoder.layers[0].feed_forward.w1.out_features
-    length = prefix_rows + image_tokens - 1
-    full = d.layers * length * 4 * d.width                     # two residual streams and two normed products
-    half = d.layers * length * (9 * d.width + 4 * hidden)    # norms' outputs; q, k, v and rotated; feed-forward
-    full += image_tokens * d.codes                              # log-probabilities
+
+def numbers(*modules):
+    """How many numbers the parameters are."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def matrices(*modules):
+    """How many numbers stand in the matrices of all products."""
+    return sum(linear.weight.numel() for module in modules for linear in module.modules()
+               if isinstance(linear, nn.Linear))
+
+
+def t5_kept(config, itemsize, trains):
+    """Bytes a row that T5's block keeps, attention to a memory aside."""
+    width, inner, mlp = config.width, config.heads * config.head_dim, config.mlp
+    if not trains:             # a frozen product keeps nothing of its input; there is no dropout
+        return 4 * 2 * width + itemsize * (4 * inner + 3 * mlp)
+    # residual stream and normed rows in fp32, their casts, q, k, v and result, feed-forward, dropout's masks in bytes
+    return 4 * 4 * width + itemsize * (2 * width + 4 * inner + 4 * mlp) + 2 * width + mlp
+
+
+def trainable_blocks(mentor):
+    """The transformer blocks that gradients may pass: of T5 (both halves) and the decoder. -> list"""
+    t5 = mentor.encoder.t5
+    halves = [t5.encoder.blocks, t5.decoder.blocks] if hasattr(t5, "decoder") else [t5.encoder.blocks]
+    return [block for stack in (*halves, mentor.decoder.layers) for block in stack]
+
+
+def stacks(mentor, trains, itemsize):
+    """All blocks that gradients pass. Scores are not kept: attention is taken to be fused. -> list of Stack"""
+    d, t5, rows, found = mentor.config.decoder, mentor.config.t5, mentor.config.prefix_tokens, []
+    kept = t5_kept(t5, itemsize, "encoder.t5" in trains)
     if any(part.startswith("encoder") for part in trains):
-        inner = t5.heads * t5.head_dim
-        full += t5.layers * prefix_rows * 4 * t5.width
-        half += t5.layers * prefix_rows * (2 * t5.width + 5 * inner + 5 * t5.mlp)
-    return full, half
+        found.append(Stack(mentor.encoder.t5.encoder.blocks, 4 * rows * t5.width, rows * kept))
+    if hasattr(mentor.encoder.t5, "decoder"):
+        cross = 4 * 2 * CAPTION_TOKENS * t5.width + itemsize * 2 * (CAPTION_TOKENS + rows) * t5.heads * t5.head_dim
+        found.append(Stack(mentor.encoder.t5.decoder.blocks, 4 * CAPTION_TOKENS * t5.width,
+                           CAPTION_TOKENS * kept + cross))
+    else:
+        length = rows + mentor.config.grid**2 - 1
+        kept = 4 * 4 * d.width + itemsize * (8 * d.width + 4 * d.hidden) + 2 * d.width    # as T5's, and rotated q, k
+        found.append(Stack(mentor.decoder.layers, 4 * length * d.width, length * kept))
+    return found
 
 
-def activation_bytes(mentor, trains, itemsize, recomputed=False):
-    """Bytes kept by one sample of the longest prefix. itemsize: of the compute type; recomputed: activation
-    checkpointing, which keeps the input of every block, one block in full, and the log-probabilities."""
-    d, t5, rows = mentor.config.decoder, mentor.config.t5, mentor.config.prefix_tokens
-    tokens = (mentor.config.image_size // mentor.vqgan.factor)**2
-    full, half = activation_elements(mentor, rows, tokens, trains)
-    total = 4 * full + itemsize * half
-    if recomputed:
-        t5_layers = t5.layers if any(part.startswith("encoder") for part in trains) else 0
-        inputs = d.layers * (rows + tokens) * d.width + t5_layers * rows * t5.width
-        total = 4 * inputs + total / (d.layers + t5_layers) + 4 * tokens * d.codes
-    return total
+def kept_for_backward(mentor, passed, itemsize, recomputed):
+    """-> bytes of the weights' bf16 copies, bytes of a sample's activations. passed: the stacks that gradients pass"""
+    config, captions = mentor.config, hasattr(mentor.encoder.t5, "decoder")
+    outer = [mentor.encoder.connector]
+    if not captions:
+        outer += [mentor.projector, mentor.decoder.output]
+    outputs = CAPTION_TOKENS * config.t5.vocab_size if captions else config.grid**2 * config.decoder.codes
+    loss = 4 * 3 * outputs             # log-probabilities, and two gradients on their way to the logits
+    if recomputed:                     # a block is whole again when the loss has let go
+        copied = max(matrices(stack.blocks[0]) for stack in passed) + matrices(*outer)
+        kept = max(loss, *(stack.kept for stack in passed))
+        kept += sum(len(stack.blocks) * stack.inputs for stack in passed)
+    else:
+        copied = matrices(*outer, *(stack.blocks for stack in passed))
+        kept = sum(len(stack.blocks) * stack.kept for stack in passed) + loss
+    return 2 * copied if itemsize == 2 else 0, kept
 
 
-def training_memory(mentor, trains, micro, itemsize, shards=1, recomputed=False):
-    """GiB that a rank needs, by formula: {what: GiB}. Activations are those of the token stages.
+class Way(NamedTuple):
+    """How a step is computed; as text, the flags for it."""
+    fsdp: bool
+    recomputed: bool           # with activation checkpointing
+    micro: int | None = None   # samples that a rank computes at once
 
-    itemsize: bytes of the compute type, 2 under bf16 autocast; shards: ranks that share parameters, gradients and
-    optimizer (FSDP); recomputed: as in activation_bytes.
+    def __str__(self):
+        flags = (("--fsdp", self.fsdp), ("--checkpoint-activations", self.recomputed),
+                 (f"--micro-batch {self.micro}", self.micro))
+        return " ".join(flag for flag, on in flags if on)
+
+
+def training_memory(mentor, trains, ranks, way, itemsize=2):
+    """GiB that each of so many ranks needs in a step with prefixes of full length, by formula. -> {what: GiB}
+
+    trains: as a stage's row names it. itemsize: bytes of a number in a product, 2 under bf16 autocast, else 4. Of a
+    stage that trains a tokenizer no activations are counted.
     """
-    total = sum(p.numel() for p in mentor.parameters())
-    trained = sum(p.numel() for p in mentor.parameters() if p.requires_grad)
-    rows = {"parameters (fp32)": 4 * total / shards, "gradients (fp32)": 4 * trained / shards,
-            "optimizer (fp32)": 8 * trained / shards}          # AdamW's two moments
-    if itemsize == 2:
-        rows["bf16 copies"] = 2 * trained
-    if "decoder" in trains:
-        rows[f"activations ({micro} samples)"] = micro * activation_bytes(mentor, trains, itemsize, recomputed)
+    shards, total = ranks if way.fsdp else 1, numbers(mentor)
+    trained = sum(p.numel() for name, p in mentor.named_parameters() if name.startswith(trains))
+    rows = {"parameters": 4 * total / shards, "gradients": 4 * trained / shards, "AdamW": 8 * trained / shards}
+    if "vqgan" not in trains:
+        passed, outside, block = stacks(mentor, trains, itemsize), 0, 0
+        if shards > 1:         # what FSDP gathers: all that lies outside of blocks, and the block at hand
+            outside = 4 * (total - numbers(*mentor.encoder.clip.blocks, *trainable_blocks(mentor)))
+            block = 4 * max(numbers(stack.blocks[0]) for stack in passed)
+        copies, kept = kept_for_backward(mentor, passed, itemsize, way.recomputed)
+        # recomputing it, the next is gathered already and the gradients of the last are on their way
+        backward = {"bf16 copies": copies, "activations": way.micro * kept,
+                    "gathered": outside + block * (3 if way.recomputed else 1)}
+        # targets are encoded one by one, while FSDP's buffer from the last gathering is still there
+        encoding = {"activations": 5 * 4 * mentor.config.vqgan.channels * mentor.config.image_size**2,
+                    "gathered": 2 * outside}
+        rows |= max(backward, encoding, key=lambda phase: sum(phase.values()))
     return {what: count / 2**30 for what, count in rows.items()}
+
+
+SPARE = 8e9 / 2**30        # GiB of a card left for what the formula does not know: CUDA, workspaces, NCCL's buffers
+CARDS = {80: 79.1, 40: 39.4, 24: 23.6}         # GB as cards are sold: GiB that CUDA finds there
+LAYOUTS_OF_A_STEP = [Way(fsdp, recomputed) for recomputed in (False, True) for fsdp in (False, True)]
+
+
+def way_to_fit(mentor, trains, ranks, card, sizes):
+    """The first way that leaves a card of so many GiB 8 GB free. sizes: micro-batches to try. -> Way or None"""
+    for way in LAYOUTS_OF_A_STEP:
+        for way in [way._replace(micro=micro) for micro in sizes if ranks > 1 or not way.fsdp]:
+            if sum(training_memory(mentor, trains, ranks, way).values()) + SPARE <= card:
+                return way
+    return None
+
+
+def memory_table(mentor, trains, ranks, sizes=(8, 4, 2, 1)):
+    """What a step needs in every layout, and which of them fits which card. -> text"""
+    config = mentor.config
+    lines = [f"GiB a GPU, estimated for prefixes of {config.prefix_tokens} rows, images of {config.image_size} pixels:",
+             f"{'--micro-batch':36}" + "".join(f"{micro:8}" for micro in sizes)]
+    for way in LAYOUTS_OF_A_STEP:
+        needs = [training_memory(mentor, trains, ranks, way._replace(micro=micro)) for micro in sizes]
+        lines.append(f"{str(way):36}" + "".join(f"{sum(rows.values()):8.1f}" for rows in needs))
+    for card, gib in CARDS.items():
+        lines.append(f"{card} GB, 8 of them free: {way_to_fit(mentor, trains, ranks, gib, sizes) or 'nothing fits'}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

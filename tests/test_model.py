@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, Golden, close, decoder_config, t5_config, vision_config
 from PIL import Image
 
@@ -393,6 +394,21 @@ def test_numbers_too_large_for_their_type_stop_the_sampling():
     model.decoder.output.weight[5] = float("inf")
     with pytest.raises(InputError, match="not finite.*--dtype bf16 or fp32"):
         model.sample(prompts(model, ("x", [])), [0])
+
+
+def test_masks_lie_in_memory_as_a_gpu_wants_them_so_that_no_layer_copies_them(monkeypatch):
+    model, strides = tiny(t5_decoder=True), []
+    attention = F.scaled_dot_product_attention
+
+    def record(q, k, v, attn_mask=None, **options):
+        if attn_mask is not None:
+            strides.extend(attn_mask.stride()[:-1])
+        return attention(q, k, v, attn_mask=attn_mask, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    model({**text_batch((13, 5)), "drop": None})
+    model({**text_batch((13, 5)), "labels": torch.randint(9, (2, 11))})
+    model.generate(random_prefix([13, 5]), [0, 1], count=4)
+    assert strides and not [stride for stride in strides if stride % 8]
 
 
 def test_offloading_samples_the_same_image_with_less_in_memory():
