@@ -1,6 +1,6 @@
 """Trains MENTOR stage by stage, on one process or many (paper sections 2.3 and 3.1).
 
-    torchrun --nproc_per_node=8 train.py --stage 2                        # 8 GPUs; reads data/2/*.jsonl or data/*.jsonl
+    torchrun --nproc_per_node=8 --shutdown-timeout 600 train.py --stage 2 --compile        # 8 GPUs; data/2/*.jsonl
     python train.py --stage 2 --data my_photos/data.jsonl --init mentor --out out/mine                       # one GPU
     python train.py --stage 2                  # nothing there yet: a two-minute example with the small bundled model
 

@@ -3,6 +3,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -208,6 +209,29 @@ def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
     sheets = [Image.open(tmp_path / n / "samples-00000002.png") for n in ("one", "two")]
     assert sheets[0].size == sheets[1].size
     assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+@pytest.mark.full
+def test_two_nodes_equal_one_process_and_resume_from_the_folder_they_share(toy, tmp_path):
+    def nodes(*flags):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=7",
+                    "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "train.py"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started = [subprocess.Popen([*launcher, *command(toy, tmp_path / "two", "--micro-batch", 1, *flags)], cwd=ROOT,
+                                    env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                   for _ in range(2)]
+        for process in started:
+            finish(process)
+    nodes("--save-every", 1, "--keep", 9)
+    train.main(command(toy, tmp_path / "one", "--micro-batch", 1))
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+    before = losses(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "step-00000003")
+    nodes("--resume")
+    assert losses(tmp_path / "two") == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
