@@ -8,14 +8,14 @@ Training data is a JSON-lines file in the layout of MENTOR's (huggingface.co/dat
 paths are absolute or relative to the file's folder:
 
     t2i          {"input_text": caption, "source_image": image, "generation_only": true}
-    reconstruct  {"input_text": caption, "source_image": image}
-    segment      {"source_image": image, "image_path": mask, "objects": "dog", "do_mask": true}
+    reconstruct  {"input_text": caption, "source_image": image}; with another "image_path" that is drawn from the image
+    segment      {"source_image": image, "image_path": mask, "objects": "dog", "do_mask": true}; or lists of both
     recover      {"source_image": image, "image_path": mask, "objects": "dog", "do_replace": true, "input_text": ...}
-    subject      {"source_image": target, "image_path": reference, "objects": "dog", "input_text": prompt}
+    subject      {"source_image": target, "image_path": reference, "objects": "dog", "input_text": prompt};
+                 with "swapped_text", the reference's own prompt, it is a second sample the other way round
     multi        {"source_image": image, "image_path": [mask, ...], "objects": ["dog", ...], "input_text": caption};
                  with "input_img_list": true the list holds input images, used as they are
 
-A row is one sample of its task; of a subject pair it is two, one in each order ("swapped_text" prompts the second).
 `python prepare.py folder my_photos` writes such a file, assets/example holds a small one of every task.
 
 Shape letters: S prefix rows, T image tokens, K reference images of a batch, c their pixels a side.
@@ -25,16 +25,17 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import cli
-from cli import InputError, open_image
+from cli import InputError, open_image, open_mask
 
 IMAGE = "<image>"          # in a prompt: here stands a reference image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -120,6 +121,8 @@ class Processor:
     def __call__(self, prompt, images=()):
         """images: PIL, one for each `<image>`. -> {"prompt", "ids" (S,) int64 with 0 behind the text, "mask" (S,) bool,
         True = a token, "refs" (n, 3, c, c)}; raises InputError where the numbers do not fit."""
+        if not all(isinstance(image, Image.Image) and image.mode == "RGB" for image in images):
+            raise InputError("references are RGB pictures of Pillow; open files by data.open_image")
         placeholders = prompt.count(IMAGE)
         if placeholders != len(images):
             raise InputError(f"the prompt has {placeholders} {IMAGE} but {len(images)} reference picture(s) came with "
@@ -156,124 +159,132 @@ def collate(samples):
 # Rows
 
 TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")
+KINDS = {task: i for i, task in enumerate((*TASKS, "background"))}
+FLAGS = ("generation_only", "input_img_list", "do_replace", "do_mask")
+LONGEST = 1 << 20          # bytes of a line
+UNUSABLE, FEW = 0.05, 20   # if a larger share of the lines cannot be used, they are refused, unless there are few
+INDEX = [("task", "u1"), ("captions", "?"), ("reversible", "?")]         # what is kept of a row
+decode_json = json.JSONDecoder().raw_decode    # json.loads takes longer
+half_a_letter = re.compile("[\ud800-\udfff]").search           # of an emoji
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a JSONL file; paths are joined with the file's folder."""
-    name: str           # file.jsonl:LINE
-    task: str           # one of TASKS, or "background"
-    source: str         # the image; of a subject-driven pair the target
-    text: str           # caption or prompt
-    swapped_text: str   # the prompt when a pair is used the other way round
-    images: tuple       # for each object its mask or input image
+class Row(NamedTuple):
+    """One line of a JSONL file."""
+    task: str                  # one of TASKS, or "background"
+    source: str                # the image; of a pair the target
+    text: str                  # caption or prompt
+    swapped_text: str | None   # the prompt when a pair is used the other way round; None = it is not
+    images: tuple              # for each object its mask or input image; without objects the reference of an edit
     objects: tuple
-    as_is: bool         # images are input images, not masks
-    key: int            # stands for the line's content, to find its codes
+    as_is: bool                # images are input images, not masks
+    name: str = ""             # file.jsonl:LINE
+    key: int = 0               # stands for the line's content, to find its codes
 
 
 def texts_of(record, key, several=True):
     """A field that holds nothing, a text or (where `several` may stand) a list of texts. -> tuple"""
-    values = record.get(key) or []
-    if not isinstance(values, list):
-        values = [values]
+    value = record.get(key)
+    if value is None or value == "":
+        return ()
+    values = value if isinstance(value, list) else [value]
     for text in values:
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):               # half of an emoji
-            raise InputError(f'"{key}" must be text, not {record[key]!a:.80}')
+        if not isinstance(text, str) or not text or not text.isascii() and half_a_letter(text):
+            raise InputError(f'"{key}" must be text, not {cli.shortly(value)!a}')
     if len(values) > 1 and not several:
         raise InputError(f'"{key}" must be one text, not {len(values)}; write a line for each')
     return tuple(values)
 
 
-def task_of(record):
+def task_of(record, objects):
     """The task that a row's flags tell (MENTOR's dataset/t2i.py)."""
+    for flag in FLAGS:
+        if record.get(flag) not in (None, False, True):
+            raise InputError(f'"{flag}" must be true or false, not {cli.shortly(record[flag])!a}')
     if record.get("input_image"):
         return "background"
     if record.get("generation_only"):
         return "t2i"
-    if record.get("input_img_list") or record.get("objects") and isinstance(record["objects"], list):
+    if record.get("input_img_list"):
         return "multi"
     if record.get("do_replace"):
         return "recover"
     if record.get("do_mask"):
         return "segment"
-    return "subject" if record.get("objects") else "reconstruct"
+    if objects:
+        return "multi" if isinstance(record["objects"], list) else "subject"
+    return "reconstruct"
 
 
-def parse_row(line, path, number):
-    """One line (bytes) of a file -> Row; a ValueError says what is wrong with it."""
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise InputError("not a JSON object; write one {...} a line")
-    task, as_is = task_of(record), bool(record.get("input_img_list"))
+def parse_row(line):
+    """One line (bytes) -> Row with the paths as they stand there; InputError says what is wrong with it."""
+    if len(line) > LONGEST:
+        raise InputError(f"{len(line):,} bytes long; write one object a line")
+    try:
+        content = line.decode().removeprefix("\ufeff")         # what Windows puts before UTF-8
+        record, end = decode_json(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error}); write one object a line, in UTF-8") from None
+    if not isinstance(record, dict) or end < len(content):
+        raise InputError("not a JSON object alone; write one {...} a line")
     images, objects = texts_of(record, "image_path"), texts_of(record, "objects")
-    one = {key: "".join(texts_of(record, key, several=False))
-           for key in ("input_text", "swapped_text", "source_image", "input_image")}
+    keys = "input_text", "swapped_text", "source_image", "input_image"
+    text, swapped_text, source, background = ["".join(texts_of(record, key, several=False)) for key in keys]
+    task, as_is, source = task_of(record, objects), bool(record.get("input_img_list")), source or background
+    own_prompt, reference = as_is and IMAGE in text, ()
     if not as_is:                        # the released loader does so: it puts its own where they belong
-        one = {key: value.replace(IMAGE, "") for key, value in one.items()}
-    text, source = one["input_text"], one["source_image"] or one["input_image"]
-    if not objects and len(images) == 1:
-        source = images[0]               # without objects image_path is the target
+        text, swapped_text = text.replace(IMAGE, ""), swapped_text.replace(IMAGE, "")
+    if images and not objects and task in ("t2i", "reconstruct"):            # image_path is the target
+        if task == "reconstruct" and source and os.path.normpath(source) != os.path.normpath(images[0]):
+            reference = (source,)                              # of an edit
+        source = images[0]
     needed = {"source_image": source}
     if task in ("segment", "recover", "subject", "multi"):
-        needed |= {"objects": objects, "image_path": images}
-    if task == "t2i":
-        needed["input_text"] = text
+        needed |= {"objects": objects or own_prompt, "image_path": images}
     if task in ("recover", "subject", "multi"):
-        needed["input_text"] = "input_text" in record                                     # it may be empty
+        needed["input_text"] = "input_text" in record          # it may be empty
+    if task == "t2i" or reference:
+        needed["input_text"] = text
     for key, value in needed.items():
         if not value:
             raise InputError(f'"{key}" is missing; a row of task {task} needs it')
-    if len(objects) != len(images) and ("objects" in needed or len(images) > 1):
+    if len(objects) != len(images) and not own_prompt and ("objects" in needed or len(images) > 1):
         raise InputError(f"{len(objects)} object(s) but {len(images)} path(s) in image_path; give one for each")
-    swapped_text = one["swapped_text"] if "swapped_text" in record else text
-    place = "/".join(os.path.abspath(path).split(os.sep)[-2:])       # the same wherever the data is moved to
-    key = hashlib.blake2b(place.encode() + line.strip(), digest_size=7).digest()
-    folder = os.path.dirname(path)
-    return Row(f"{path}:{number}", task, os.path.join(folder, source), text, swapped_text,
-               tuple(os.path.join(folder, image) for image in images), objects, as_is, int.from_bytes(key, "big"))
+    if len(objects) > 1 and task == "recover":
+        raise InputError(f"do_replace moves one object, not {len(objects)}; write a line for each")
+    return Row(task, source, text, None if record.get("swapped_text") is None else swapped_text,
+               images if "objects" in needed else reference, objects, as_is)
 
 
-def read_rows(paths):
-    """JSONL files -> (rows, problems, number of lines); a line that cannot be used is a problem named file:line."""
-    rows, problems, lines = [], [], 0
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; give a JSONL file of training data") from None
-        lines += len(numbered)
-        for number, line in numbered:
-            try:
-                rows.append(parse_row(line, path, number))
-            except InputError as error:
-                problems.append(f"{path}:{number}: {error}")
-            except ValueError as error:                              # no JSON, or bytes that are no text
-                problems.append(f"{path}:{number}: not JSON ({error}); write one object a line")
-    return rows, problems, lines
+class Rows(cli.JsonLines):
+    """The rows of JSONL files. `table` has what INDEX names."""
+
+    def __init__(self, paths):
+        super().__init__(paths, self.entry, INDEX)
+
+    @staticmethod
+    def entry(line):
+        """What is kept of a line."""
+        row = parse_row(line)
+        captions = row.task in ("t2i", "reconstruct") and row.text != "" and not row.images
+        return KINDS[row.task], captions, row.task == "subject" and row.swapped_text is not None
+
+    def __getitem__(self, i):
+        """-> Row with its paths joined with the file's folder; InputError where the file is not what it was."""
+        path, name, line = self.line(i)
+        folder, row = os.path.dirname(path), parse_row(line)
+        place = "/".join(os.path.abspath(path).split(os.sep)[-2:])           # the same wherever the data is moved to
+        key = int.from_bytes(hashlib.blake2b(place.encode() + line, digest_size=7).digest(), "big")
+        images = tuple(os.path.join(folder, image) for image in row.images)
+        return row._replace(source=os.path.join(folder, row.source), images=images, name=name, key=key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a row to prompt, references and target, as the paper describes its tasks (2.3, appendix D)
 
 CAPTION_DROP = 0.5       # reconstruction: how often the image comes without its caption
-SCALE = (0.1, 1.0)       # recovery: longer side of the pasted object, as a share of the frame
+SCALE = (0.2, 1.0)       # recovery: side of the pasted frame, as a share of the background's
 WARPED = 0.5             # how often it is also rotated, stretched, sheared and bent in perspective:
 ROTATION, STRETCH, SHEAR, BEND = 20, (0.7, 1.3), 0.3, 0.2    # up to degrees, factors, slope, share of the side
-
-
-def open_mask(path, image):
-    """The mask of an image: (H, W) bool, True = object."""
-    mask = np.asarray(open_image(path)).max(axis=-1) > 0
-    if mask.shape != image.size[::-1]:
-        raise InputError(f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} but its picture {image.width} x "
-                         f"{image.height}; make them the same size")
-    if not mask.any():
-        raise InputError(f"{path}: the mask is empty, nothing in it is above zero; draw it or remove the row")
-    return mask
-
-
 def box_of(mask):
     """(left, top, right, bottom) around a mask."""
     columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
@@ -294,21 +305,22 @@ def homography(corners, sources):
     return np.linalg.solve(equations, values)
 
 
-def recovery_input(image, mask, background, size, rng, scale=SCALE):
-    """Recovery: the object, scaled and half the time warped, at a random place of a (size, size) background."""
-    left, top, right, bottom = box_of(mask)
-    cut = image.crop((left, top, right, bottom))
-    cut.putalpha(Image.fromarray(mask[top:bottom, left:right]).convert("L"))
+def recovery_input(image, mask, background, size, rng, object_scale=None):
+    """Recovery: the image's central square without what is not its object, scaled and half the time warped, at a random
+    place of a (size, size) background. object_scale: instead of the square the object's box, scaled within these."""
+    cut = image.copy()
+    cut.putalpha(Image.fromarray(mask).convert("L"))
+    cut = cut.crop(box_of(mask)) if object_scale else center_square(cut, min(cut.size))
     unit = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=float)
-    corners = (unit - 0.5) * cut.size                                                     # (4, 2), x and y
+    corners = (unit - 0.5) * np.divide(cut.size, max(cut.size))                           # (4, 2), x and y
     if rng.random() < WARPED:
-        corners += rng.uniform(-BEND, BEND, (4, 2)) * cut.size
+        corners *= 1 - rng.uniform(0, 2 * BEND, (4, 2))        # inwards
         angle = np.radians(rng.uniform(-ROTATION, ROTATION))
         rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         stretch = np.array([[rng.uniform(*STRETCH), rng.uniform(-SHEAR, SHEAR)], [0, rng.uniform(*STRETCH)]])
         corners = corners @ (rotation @ stretch).T
     corners -= corners.min(axis=0)
-    corners *= rng.uniform(*scale) * size / corners.max()
+    corners *= size * min(rng.uniform(*(object_scale or SCALE)), 1 / corners.max())       # it must lie within
     longer = int(np.ceil(corners.max()))
     corners += rng.uniform(size=2) * (size - corners.max(axis=0))
     cut.thumbnail((longer, longer))      # a warp reads single pixels: shrink first, so that texture is averaged
@@ -328,11 +340,12 @@ def multi_reference(image, mask, rng):
     return image.crop((left, top, left + side, top + side))
 
 
-def compose(task, row, swapped, rng, background=None, size=448):
+def compose(task, row, swapped, rng, doubts, background=None, size=448):
     """A row as its task shows it -> (prompt, [PIL references], function that gives the PIL target).
 
     task: one of TASKS, or "picture", the target alone, or "caption", whose target is the row's text: no image (None).
-    swapped: a subject-driven pair the other way round. background, size: of the recovery input, pixels a side.
+    swapped: a subject-driven pair the other way round. doubts: a list, to which open_mask adds. background, size: of
+    the recovery input, pixels a side.
     """
     if task in ("t2i", "picture"):
         return prompt_for(task, (), row.text if task == "t2i" else ""), [], lambda: open_image(row.source)
@@ -342,6 +355,8 @@ def compose(task, row, swapped, rng, background=None, size=448):
     if task == "subject" or row.as_is:
         prompt = row.text if IMAGE in row.text else prompt_for(task, row.objects, row.text)
         return prompt, [open_image(path) for path in row.images], lambda: open_image(row.source)
+    if task == "reconstruct" and row.images:                  # an edit of another picture
+        return prompt_for(task, (), row.text), [open_image(row.images[0])], lambda: open_image(row.source)
     image = open_image(row.source)
     if task == "caption":
         return prompt_for(task), [image], None
@@ -349,19 +364,26 @@ def compose(task, row, swapped, rng, background=None, size=448):
         text = "" if rng.random() < CAPTION_DROP else row.text
         return prompt_for(task, (), text), [image], lambda: image
     prompt = prompt_for(task, row.objects, row.text)
+    masks = lambda: [open_mask(path, image, row.source, doubts) for path in row.images]
     if task == "segment":
-        return prompt, [image], lambda: on_black(image, open_mask(row.images[0], image))
-    masks = [open_mask(path, image) for path in row.images]
+        references = [image] * len(row.objects)                # one for each line
+        return prompt, references, lambda: on_black(image, np.logical_or.reduce(masks()))
     if task == "recover":
-        return prompt, [recovery_input(image, masks[0], background, size, rng)], lambda: image
-    return prompt, [multi_reference(image, mask, rng) for mask in masks], lambda: image
+        return prompt, [recovery_input(image, masks()[0], background, size, rng)], lambda: image
+    return prompt, [multi_reference(image, mask, rng) for mask in masks()], lambda: image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training set
 
+STREAMS = {"sample": 2, "pass": 3, "plan": 4}        # train.py draws from (seed, 1, position)
 CAPTION_TOKENS = 128     # labels of the connector stage; of a longer caption the beginning is learned
 TRIES = 20               # rows drawn in place of a damaged one before giving up
+
+
+def stream(purpose, seed, *numbers):
+    """Random numbers that no other purpose, seed or number shares. seed: below 2**64, numbers: below 2**32"""
+    return np.random.default_rng((STREAMS[purpose], seed & 0xFFFFFFFF, seed >> 32, *numbers))
 
 
 def caption_labels(tokenizer, text):
@@ -380,15 +402,24 @@ class TaskData(Dataset):
     target pixels.
 
     Everything random is drawn from (seed, epoch, position): sample k is the same whatever the number of workers and
-    ranks, and a run resumes by asking for the next k. `problems` names the lines that cannot be used, of `lines` read.
+    ranks, and a run resumes by asking for the next k. `problems` names the lines that cannot be used, of `lines` read;
+    a larger share of them than `unusable` is an InputError. `fingerprint` tells rows of other content or order apart.
     """
 
-    def __init__(self, paths, processor, image_size, weights=None, seed=0, backgrounds=(), codes=None):
-        self.rows, self.problems, self.lines = read_rows(paths)
-        self.backgrounds, problems, lines = read_rows(backgrounds)
-        self.problems, self.lines = self.problems + problems, self.lines + lines
+    def __init__(self, paths, processor, image_size, weights=None, seed=0, backgrounds=(), codes=None,
+                 unusable=UNUSABLE):
+        self.rows, self.backgrounds = Rows(paths), Rows(backgrounds)
+        self.problems = self.rows.problems + self.backgrounds.problems
+        self.lines = self.rows.lines + self.backgrounds.lines
+        checks = self.rows.table["check"].tobytes(), self.backgrounds.table["check"].tobytes()
+        self.fingerprint = hashlib.blake2b(b"backgrounds".join(checks), digest_size=16).hexdigest()
         self.processor, self.image_size, self.seed, self.codes = processor, image_size, seed, codes
-        present = [task for task in TASKS if any(row.task == task for row in self.rows)]
+        if self.lines >= FEW and len(self.problems) > unusable * self.lines:
+            raise InputError(f"{len(self.problems)} of {self.lines} lines cannot be used, more than {unusable:.0%}; "
+                             f"`python prepare.py look` names them all, the first is {self.problems[0]}")
+        if backgrounds and not len(self.backgrounds):
+            raise InputError(f"{', '.join(map(str, backgrounds))}: no usable row of a background; give others or none")
+        present = [task for task in TASKS if KINDS[task] in self.rows.table["task"]]
         weights = weights or dict.fromkeys(present)
         self.entries = {task: self.entries_of(task) for task, weight in weights.items() if weight != 0}
         self.tasks = list(self.entries)
@@ -403,7 +434,7 @@ class TaskData(Dataset):
         lacking = [task for task in self.tasks if not len(self.entries[task])]
         if self.tasks and not lacking:
             return
-        counts = [f"{sum(row.task == task for row in self.rows)} {task}" for task in present]
+        counts = [f"{np.sum(self.rows.table['task'] == KINDS[task])} {task}" for task in present]
         message = (f"{', '.join(map(str, paths))}: no row for {' and '.join(lacking) or 'any task'}; add some or leave "
                    f"the task out (train.py --without); they have {', '.join(counts) or 'no usable row'}")
         if self.problems:
@@ -421,20 +452,20 @@ class TaskData(Dataset):
         return dict(zip(self.tasks, counts.tolist()))
 
     def entries_of(self, task):
-        """Which rows serve a task, pairs in both orders. -> (n, 2) int64: row, swapped"""
-        if task == "caption":
-            serves = [row.task in ("t2i", "reconstruct") and row.text != "" for row in self.rows]
-        else:
-            serves = [row.task == task or task == "picture" for row in self.rows]
-        rows, orders = np.flatnonzero(serves), 2 if task == "subject" else 1
-        return np.column_stack([rows.repeat(orders), np.tile(np.arange(orders), len(rows))])
+        """Which rows serve a task, pairs in both orders where they can be. -> (n, 2) int32: row, swapped"""
+        table = self.rows.table
+        serves = {"caption": table["captions"], "picture": np.ones(len(table), bool)}
+        rows = serves[task] if task in serves else table["task"] == KINDS[task]
+        orders = [rows, rows & table["reversible"]] if task == "subject" else [rows]
+        parts = [np.column_stack([np.flatnonzero(rows), np.full(rows.sum(), i)]) for i, rows in enumerate(orders)]
+        return np.concatenate(parts).astype(np.int32)
 
     def __len__(self):
         """Samples in an epoch."""
         return sum(self.counts.values())
 
     def plan(self, epoch):
-        """What an epoch shows, in order. -> (len(self), 3) int64: index into `tasks`, row, swapped
+        """What an epoch shows, in order. -> (len(self), 3) int32: index into `tasks`, row, swapped
 
         A task goes through one permutation of its entries after the other, across epochs, so that it shows each of
         them equally often whatever its weight.
@@ -444,16 +475,16 @@ class TaskData(Dataset):
             for number, (task, entries) in enumerate(self.entries.items()):
                 count = self.counts[task]
                 first, start = divmod(epoch * count, len(entries))
-                passes = [np.random.default_rng((self.seed, number, first + i)).permutation(entries)
+                passes = [stream("pass", self.seed, number, first + i).permutation(entries)
                           for i in range((start + count) // len(entries) + 1)]
                 chosen = np.concatenate(passes)[start:start + count]                      # (count, 2)
-                parts.append(np.column_stack([np.full(count, number), chosen]))
-            self.planned = epoch, np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(parts))
+                parts.append(np.column_stack([np.full(count, number, np.int32), chosen]))
+            self.planned = epoch, stream("plan", self.seed, epoch).permutation(np.concatenate(parts))
         return self.planned[1]
 
     def background(self, row, rng, problems):
         """Another image for the object of this row to stand on; damaged ones are added to `problems`."""
-        pool = self.backgrounds or self.rows
+        pool = self.backgrounds if len(self.backgrounds) else self.rows
         for i in rng.integers(len(pool), size=TRIES):
             other = pool[i]
             if other.source == row.source:
@@ -467,13 +498,15 @@ class TaskData(Dataset):
     def sample(self, task, row, swapped, rng, problems):
         """One entry as tensors; InputError says why it cannot be used.
 
-        -> dict: task, name, key, prompt, ids (S,), mask (S,), refs (n, 3, c, c), problems, and one of target
+        -> dict: task, name, key, prompt, ids (S,), mask (S,), refs (n, 3, c, c), problems, doubts, and one of target
         (3, size, size), tokens (T,), labels (CAPTION_TOKENS,)
         """
         background = self.background(row, rng, problems) if task == "recover" else None
         # recovery is painted at twice the size, for CLIP's preprocessing to average
-        prompt, images, target = compose(task, row, swapped, rng, background, 2 * self.processor.image_size)
-        sample = {"task": task, "name": row.name, "key": row.key * 2 + int(swapped), "problems": problems}
+        doubts = []
+        prompt, images, target = compose(task, row, swapped, rng, doubts, background, 2 * self.processor.image_size)
+        sample = {"task": task, "name": row.name, "key": row.key * 2 + int(swapped), "problems": problems,
+                  "doubts": doubts}
         sample |= self.processor(prompt, images)
         if task == "caption":
             sample["labels"] = caption_labels(self.processor.tokenizer, row.text)
@@ -486,15 +519,16 @@ class TaskData(Dataset):
     def __getitem__(self, k):
         """Sample k of the run, epoch k // len. A damaged row is replaced by a drawn one and named in "problems"."""
         epoch, position = divmod(k, len(self))
-        rng = np.random.default_rng((self.seed, epoch, position))
-        number, row, swapped = self.plan(epoch)[position]
+        rng = stream("sample", self.seed, epoch, position)
+        number, i, swapped = self.plan(epoch)[position]
         task, problems = self.tasks[number], []
         for _ in range(TRIES):
+            row = self.rows[i]                                 # not to be passed over: a file that has changed
             try:
-                return self.sample(task, self.rows[row], swapped, rng, problems)
+                return self.sample(task, row, swapped, rng, problems)
             except InputError as error:
-                problems.append(f"{self.rows[row].name}: {error}")
-                row, swapped = rng.choice(self.entries[task])
+                problems.append(f"{row.name}: {error}")
+                i, swapped = rng.choice(self.entries[task])
         raise InputError(f"task {task}: {TRIES} rows one after the other cannot be used; fix the data:\n"
                          + "\n".join(dict.fromkeys(problems)))
 
@@ -527,8 +561,12 @@ def batches(dataset, start, stop, micro, rank=0, world=1, workers=0):
     # workers live over all epochs, each on one thread (PyTorch's default); the generator spares the global one
     loader = DataLoader(Batches(dataset, chunks), batch_size=None, num_workers=workers,
                         prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available(),
-                        generator=torch.Generator())
+                        generator=torch.Generator(), worker_init_fn=cli.leave_signals_to_the_trainer)
+    named = set()
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
+        for doubt in set(sum(batch.get("doubts", []), [])) - named:
+            named.add(doubt)
+            tqdm.write(f"suspicious: {doubt}")
         yield batch

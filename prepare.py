@@ -9,14 +9,13 @@
 import argparse
 import json
 import os
+import re
 from itertools import islice
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import cli
 import data
@@ -25,22 +24,50 @@ from cli import InputError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 NEIGHBOURS = 4      # an image is paired with so many of the same subject: all pairs would outnumber the other tasks
+# words of file and folder names that do not say what a picture shows
+UNTELLING = set("""
+    img imgs image images pic pics picture pictures photo photos my new the of at and copy edited crop final frame scan
+    screenshot untitled unnamed download downloads file files out data dataset datasets train val valid test dcim mvimg
+    pxl vid dsc dscn dscf dji gopr gp sam imgp mg p cam camera whatsapp signal fb telegram jpg jpeg png tmp coco voc ade
+    ilsvrc imagenet n sa cc laion flickr lsun ffhq celeba subset part shard""".split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # folder
 
+def beside(names, stem, endings):
+    """Yields STEM.ending as far as they are there, in small letters or not. names: {also in small letters: as it is}"""
+    for ending in endings:
+        found = names.get(stem + ending) or names.get((stem + ending).lower())
+        if found:
+            yield found
+
+
 def caption_of(folder, stem, names):
-    """What STEM.txt or STEM.caption says, "" if there is neither."""
-    for name in (f"{stem}.txt", f"{stem}.caption"):
-        if name in names:
-            path = os.path.join(folder, name)
-            try:
-                with open(path, encoding="utf-8") as file:
-                    return file.read().strip()
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path}: not readable as UTF-8 text ({error}); save it again") from None
+    """What STEM.txt says, else STEM.caption, "" if neither does."""
+    for name in beside(names, stem, (".txt", ".caption")):
+        path = os.path.join(folder, name)
+        cli.check_file(path, "a caption", most=1 << 20)
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read().strip()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not readable as UTF-8 text ({error}); save it again") from None
+        if text:
+            return text
     return ""
+
+
+def subject_of(folder, stem, names):
+    """What a picture's name says it shows, or its folder's where the name is a short number: dog-00, clay_vase/00. None
+    where that tells nothing: cameras' and data sets' names, long numbers, and those of img2dataset, with a .json."""
+    text = stem
+    if re.fullmatch(r"\d{1,5}", stem) and f"{stem}.json" not in names:
+        text = os.path.basename(os.path.normpath(folder))      # as it was given: "." is no name
+    words = re.sub(r"[\W\d_]+", " ", text).lower().split()
+    if UNTELLING.issuperset(words) or re.fullmatch("[0-9a-f-]{16,}", text.lower()):
+        return None
+    return " ".join(words)
 
 
 def pairs(subject, images):
@@ -52,36 +79,52 @@ def pairs(subject, images):
 
 
 def folder(args):
-    """Makes a JSONL of a folder in which dog-00.jpg shows a dog, dog-00.txt is its caption and dog-00.mask.png its
-    mask; text and mask may be absent, and images of one name are pairs. Writes --out, default data.jsonl in it."""
-    names = sorted(os.listdir(args.pictures)) if os.path.isdir(args.pictures) else []
-    images = [name for name in names if name.lower().endswith(IMAGES) and not name.lower().endswith(".mask.png")]
-    if not images:
-        raise InputError(f"{args.pictures}: no folder with pictures; put some there as dog-00.jpg, dog-01.jpg, ...")
+    """Makes a JSONL of a folder in which dog-00.jpg shows a dog, dog-00.txt (or .caption) is its caption and
+    dog-00.mask.png its mask; text and mask may be absent, and images of one name are pairs. Writes --out, default
+    data.jsonl in it."""
+    try:
+        listed = sorted(os.listdir(args.pictures))
+    except OSError as error:
+        raise InputError(f"{args.pictures}: no folder that can be read ({error.strerror}); give one with pictures"
+                         ) from None
+    names = {name.lower(): name for name in listed} | {name: name for name in listed}
     out = args.out or os.path.join(args.pictures, "data.jsonl")
+    cli.probe(out)
     relative = os.path.relpath(args.pictures, os.path.dirname(os.path.abspath(out)))   # paths start at the JSONL
-    rows, subjects = [], {}
-    for name in images:
-        stem = os.path.splitext(name)[0]
-        subject = cli.subject_of(os.path.join(args.pictures, name))
-        row = {"input_text": caption_of(args.pictures, stem, names),
-               "source_image": os.path.normpath(os.path.join(relative, name))}
+    rows, subjects, pictures = [], {}, 0
+    for name in listed:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() not in IMAGES or stem.lower().endswith(".mask") or name.startswith("."):
+            continue
+        row = {"source_image": os.path.normpath(os.path.join(relative, name))}
+        try:
+            row["source_image"].encode()
+            cli.check_file(os.path.join(args.pictures, name), "a picture")
+        except ValueError as error:                            # a name that is no UTF-8, a folder, a pipe, a dead link
+            print(f"skipped {ascii(name)}: {error}")
+            continue
+        row["input_text"], subject = caption_of(args.pictures, stem, names), subject_of(args.pictures, stem, names)
         rows.append(row)
         if row["input_text"]:
             rows.append(row | {"generation_only": True})
-        if f"{stem}.mask.png" in names:
-            mask = os.path.normpath(os.path.join(relative, f"{stem}.mask.png"))
-            masked = row | {"image_path": mask, "objects": subject}
+        mask = next(beside(names, stem, [".mask" + ending for ending in IMAGES]), None)
+        if mask:
+            mask = os.path.normpath(os.path.join(relative, mask))
+            masked = row | {"image_path": mask, "objects": subject or "subject"}
             rows += [masked | {"do_mask": True}, masked | {"do_replace": True}]
         subjects.setdefault(subject, []).append(row)
+        pictures += 1
+    if not rows:
+        raise InputError(f"{args.pictures}: no folder with pictures; put some there as dog-00.jpg, dog-01.jpg, ...")
+    alone = len(subjects.pop(None, []))
     for subject, shown in subjects.items():
         rows += pairs(subject, shown)
     with cli.atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    listed = ", ".join(list(subjects)[:8])
-    if len(subjects) > 8:
-        listed += ", ..."
-    print(f"wrote {out}: {len(rows):,} rows of {len(images):,} pictures, {len(subjects):,} subject(s): {listed}")
+    shown = ", ".join(list(subjects)[:8]) + (", ..." if len(subjects) > 8 else "")
+    print(f"wrote {out}: {len(rows):,} rows of {pictures:,} pictures, {len(subjects):,} subject(s): {shown}")
+    if alone:
+        print(f"{alone:,} picture(s) are in no pair: their names do not say what they show, as dog-00.jpg would")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,16 +135,21 @@ class EveryEntry(Dataset):
 
     def __init__(self, dataset):
         self.dataset = dataset
-        self.entries = [(task, row, order) for task in dataset.tasks for row, order in dataset.entries[task].tolist()]
+        self.ends = np.cumsum([len(dataset.entries[task]) for task in dataset.tasks])
 
     def __len__(self):
-        return len(self.entries)
+        return int(self.ends[-1])
 
     def __getitem__(self, i):
-        task, number, order = self.entries[i]
-        row, problems = self.dataset.rows[number], []
+        number, problems = np.searchsorted(self.ends, i, side="right"), []
+        task = self.dataset.tasks[number]
+        row, swapped = self.dataset.entries[task][i - self.ends[number]]                  # counted from the end
         try:
-            return self.dataset.sample(task, row, order, np.random.default_rng(number), problems)
+            row, rng = self.dataset.rows[row], np.random.default_rng(row)
+        except InputError as error:                            # the file has changed
+            return {"problems": [str(error)]}
+        try:
+            return self.dataset.sample(task, row, swapped, rng, problems)
         except InputError as error:
             return {"problems": problems + [f"{row.name}: {error}"]}
 
@@ -109,15 +157,18 @@ class EveryEntry(Dataset):
 def usable_samples(dataset, workers):
     """Tries every entry under a progress bar and yields the samples; at the end prints counts and problems."""
     counts = dict.fromkeys(dataset.tasks, 0)
-    problems = dict.fromkeys(dataset.problems)                 # a dict, so that each is named once and in order
-    for sample in tqdm(DataLoader(EveryEntry(dataset), batch_size=None, num_workers=workers)):
+    problems, doubts = dict.fromkeys(dataset.problems), {}     # dicts, so that each is named once and in order
+    for sample in cli.bar(DataLoader(EveryEntry(dataset), batch_size=None, num_workers=workers)):
         problems |= dict.fromkeys(sample["problems"])
         if "task" in sample:
+            doubts |= dict.fromkeys(sample["doubts"])
             counts[sample["task"]] += 1
             yield sample
     for task, count in counts.items():
         print(f"{task:12}{count:8,} of {len(dataset.entries[task]):,} samples usable")
     print(f"{len(problems):,} problem(s)", *problems, sep="\n  ")
+    if doubts:
+        print(f"{len(doubts):,} suspicious", *doubts, sep="\n  ")
 
 
 def look(args):
@@ -127,7 +178,7 @@ def look(args):
         processor = data.Processor(weights.load_tokenizer(args.tokenizer), max_tokens=args.max_tokens)
     else:                                                      # no prompt is too long for this one
         processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16)
-    dataset = data.TaskData(args.data, processor, 256, backgrounds=args.backgrounds)
+    dataset = data.TaskData(args.data, processor, 256, backgrounds=args.backgrounds, unusable=1)
     shown = {task: [] for task in dataset.tasks}
     for sample in usable_samples(dataset, args.workers):
         if len(shown[sample["task"]]) < args.n:
@@ -155,7 +206,7 @@ def encode(args):
     vqgan, size = mentor.vqgan.to(device), mentor.check_size(args.size or mentor.config.image_size)
     # the codes are of the targets alone, so prompts and references are made as small as they can be
     processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16, image_size=32)
-    dataset = data.TaskData(args.data, processor, size, backgrounds=args.backgrounds)
+    dataset = data.TaskData(args.data, processor, size, backgrounds=args.backgrounds, unusable=1)
     samples, keys, tokens = usable_samples(dataset, args.workers), [], []
     while group := list(islice(samples, args.batch)):
         keys += [sample["key"] for sample in group]
@@ -165,8 +216,8 @@ def encode(args):
         raise InputError("there is no usable sample to encode; fix the problems above")
     keys, first = np.unique(keys, return_index=True)           # ascending; of equal lines one is enough
     with cli.atomic_file(path) as temporary:
-        save_file({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, temporary,
-                  metadata={"image_size": str(size), "vqgan": weights.fingerprint(vqgan)})
+        weights.write_tensors({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, temporary,
+                              metadata={"image_size": str(size), "vqgan": weights.fingerprint(vqgan)})
     print(f"wrote {path}")
 
 

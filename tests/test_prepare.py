@@ -49,7 +49,7 @@ def every_task(folder):
         base | {"source_image": "1.png"},
         base | {"image_path": "mask0.png", "objects": "cat", "do_mask": True},
         base | {"image_path": "mask0.png", "objects": "cat", "do_replace": True},
-        base | {"image_path": "1.png", "objects": "cat"},
+        base | {"image_path": "1.png", "objects": "cat", "swapped_text": "the other scene"},
         base | {"image_path": ["mask0.png", "mask1.png"], "objects": ["cat", "sky"]},
         base | {"image_path": ["2.png", "3.png"], "objects": ["cat", "sky"], "input_img_list": True},
         {"source_image": "gone.png"},
@@ -99,7 +99,7 @@ def test_encoded_targets_stand_in_for_pixels(encoded):
 def test_codes_serve_only_their_own_rows_size_and_vqgan(encoded, tmp_path):
     train, codes, _, mentor = encoded
     os.rename(codes, tmp_path / "moved")
-    with pytest.raises(InputError, match="no codes .*prepare.py encode"):
+    with pytest.raises(InputError, match="prepare.py encode"):
         weights.Codes(codes, mentor.vqgan, SIZE)
     codes = str(tmp_path / "moved")
     with pytest.raises(InputError, match="pictures of 24 pixels, not 48"):
@@ -161,6 +161,116 @@ def test_a_subject_is_named_by_the_picture_or_its_folder_and_never_by_the_workin
     assert [row["objects"] for row in rows if "objects" in row] == ["clay vase"]
 
 
+@pytest.mark.parametrize("name, subject", [
+    ("dog-00.jpg", "dog"), ("Red Boot (3).JPG", "red boot"), ("red_boot.png", "red boot"), ("猫-01.webp", "猫"),
+    ("dog_img1.png", "dog img"), ("00.jpg", "clay vase"), ("7.png", "clay vase"), ("00000.jpg", "clay vase"),
+    ("IMG_0001.JPG", None), ("DSC01234.jpg", None), ("_DSC0042.jpg", None), ("DSCN0007.JPG", None),
+    ("P1010001.JPG", None),
+    ("PXL_20230101_120000000.jpg", None), ("COCO_train2014_000000000009.jpg", None), ("000000000009.jpg", None),
+    ("20230101_120000.jpg", None), ("Screenshot 2024-01-01.png", None), ("image (1).png", None),
+    ("photo_2023.jpg", None),
+    ("3f9a0b2c4d5e6f708192a3b4c5d6e7f8.jpg", None), ("6fa459ea-ee8a-3ca4-894e-db77e160355e.png", None),
+    ("n01440764_10026.jpg", None), ("ILSVRC2012_val_00000001.jpg", None), ("sa_223750.jpg", None)])
+def test_a_pictures_subject_is_what_names_tell_and_nothing_where_they_do_not(name, subject):
+    stem = os.path.splitext(name)[0]
+    assert prepare.subject_of("somewhere/clay_vase/", stem, {name: name}) == subject
+    if subject == "clay vase":                           # short numbers: by the folder, if that is a name
+        for folder in (".", "..", "./", "/", "", "photos", "train2014", "00000"):
+            assert prepare.subject_of(folder, stem, {name: name}) is None
+        of_img2dataset = {f"{stem}.json": f"{stem}.json"}
+        assert prepare.subject_of("clay_vase", stem, of_img2dataset) is None
+
+
+def test_pictures_without_a_telling_name_are_in_no_pair_and_this_is_said(tmp_path, capsys):
+    pictures = tmp_path / "photos"
+    pictures.mkdir()
+    for i, name in enumerate(["IMG_0001.png", "IMG_0002.png", "00.png", "01.png", "dog-0.png", "dog-1.png"]):
+        picture(pictures / name, i)
+    mask(pictures / "IMG_0001.mask.png")
+    prepare.main(["folder", str(pictures)])
+    rows = [json.loads(line) for line in (pictures / "data.jsonl").read_text().splitlines()]
+    named = [row["objects"] for row in rows if "objects" in row]
+    assert named == ["subject", "subject", "dog"]              # segment and recover of the mask, one pair
+    assert "4 picture(s) are in no pair" in capsys.readouterr().out
+    assert not any(load(str(pictures / "data.jsonl"))[k]["problems"] for k in range(8))
+
+
+@pytest.mark.parametrize("names, caption", [
+    ({"a-0.txt": "text"}, "text"), ({"a-0.caption": "text"}, "text"), ({"A-0.TXT": "text"}, "text"),
+    ({"a-0.txt": "\n", "a-0.caption": "text"}, "text"), ({"a-0.txt": "text", "a-0.caption": "other"}, "text"),
+    ({"a-0.txt": "\ufefftext"}, "text"), ({"a-0.txt": "t\u00e4xt \U0001f436\n"}, "t\u00e4xt \U0001f436"), ({}, "")])
+def test_captions_are_read_from_text_files_of_both_endings(tmp_path, names, caption):
+    picture(tmp_path / "a-0.png")
+    for name, text in names.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    prepare.main(["folder", str(tmp_path)])
+    row = json.loads((tmp_path / "data.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert row == {"source_image": "a-0.png", "input_text": caption}
+
+
+def test_masks_of_any_picture_ending_belong_to_their_picture(tmp_path):
+    for name in ("a-0.png", "b-0.JPG", "c-0.webp"):
+        picture(tmp_path / name)
+    mask(tmp_path / "a-0.mask.jpg"), mask(tmp_path / "b-0.MASK.PNG"), mask(tmp_path / "c-0.mask.webp")
+    prepare.main(["folder", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    assert {row["source_image"] for row in rows} == {"a-0.png", "b-0.JPG", "c-0.webp"}
+    assert [row["image_path"] for row in rows if "do_mask" in row] == ["a-0.mask.jpg", "b-0.MASK.PNG", "c-0.mask.webp"]
+
+
+def test_what_is_no_picture_file_is_passed_over_by_name(tmp_path, capsys):
+    picture(tmp_path / "a-0.png")
+    (tmp_path / "folder.png").mkdir(), (tmp_path / "link.png").symlink_to("gone.png"), os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "._a-0.png").write_bytes(b"what macOS leaves")
+    picture(os.fsencode(str(tmp_path)).decode() + "/b\udcff.png")
+    prepare.main(["folder", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "1 rows of 1 pictures" in printed and printed.count("skipped ") == 4
+    assert all(f"skipped '{name}" in printed for name in ("folder.png", "link.png", "pipe.png", "b\\udcff.png"))
+    os.mkfifo(tmp_path / "a-0.txt")
+    with pytest.raises(InputError, match="a-0.txt: is a pipe"):
+        prepare.main(["folder", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", ["folder", "look", "encode"])
+def test_a_disk_that_is_full_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, capsys, command):
+    data_path, out = every_task(tmp_path), tmp_path / "out"
+    weights.save(weights.random_model(TINY, weights.byte_tokenizer()), str(tmp_path / "tiny"))
+    out.mkdir()
+    target = {"folder": out / "rows.jsonl", "look": out / "look.png", "encode": out / "codes.safetensors"}[command]
+    target.write_text("older")
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare.cli, "flush", full)
+    arguments = {"folder": [str(tmp_path), "--out", str(target)],
+                 "look": [data_path, "--out", str(target), "--workers", "0"],
+                 "encode": [data_path, "--out", str(out), "--weights", str(tmp_path / "tiny"), "--workers", "0"]}
+    with pytest.raises(InputError, match="No space left"):
+        prepare.main([command, *arguments[command]])
+    assert target.read_text() == "older" and os.listdir(out) == [target.name]
+    assert "wrote" not in capsys.readouterr().out
+
+
+def test_look_names_what_is_suspicious_apart_from_what_is_damaged(tmp_path, capsys):
+    picture(tmp_path / "0.png")
+    mask(tmp_path / "whole.png", (0, 0, 40, 32))
+    row = {"source_image": "0.png", "image_path": "whole.png", "objects": "cat", "do_mask": True}
+    path = write_rows(tmp_path / "rows.jsonl", [row, row])
+    prepare.main(["look", path, "--out", str(tmp_path / "sheet.png"), "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "2 of 2 samples usable\n0 problem(s)\n1 suspicious\n" in printed and "whole.png: the mask covers" in printed
+
+
+def test_look_names_all_unusable_lines_however_many(tmp_path, capsys):
+    picture(tmp_path / "0.png")
+    good = json.dumps({"source_image": "0.png", "input_text": "x"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([good, *["{broken"] * 60]))
+    prepare.main(["look", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "sheet.png"), "--workers", "0"])
+    assert "60 problem(s)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_look_tries_every_row_whatever_the_number_of_workers(tmp_path, workers, capsys):
     prepare.main(["look", every_task(tmp_path), "--out", str(tmp_path / "new" / "sheet.png"), "--workers", workers])
@@ -176,6 +286,8 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path):
     assert result.stderr.count("\n") == 1
     (tmp_path / "file").write_text("")
     blocked = str(tmp_path / "file" / "place.png")
-    for command in (["folder", str(tmp_path / "gone")], ["look", every_task(tmp_path), "--out", blocked]):
-        with pytest.raises(InputError, match="gone|file/place.png"):
+    picture(tmp_path / "dog-0.png")
+    for command in (["folder", str(tmp_path / "gone")], ["folder", str(tmp_path / "file")],
+                    ["folder", str(tmp_path), "--out", blocked], ["look", every_task(tmp_path), "--out", blocked]):
+        with pytest.raises(InputError, match="gone: no folder|file: no folder|file/place.png"):
             prepare.main(command)
