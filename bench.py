@@ -317,6 +317,7 @@ def format_row(row):
     return line.rstrip()
 
 
+moderate = cli.checked(int, lambda value: 0 < value <= 1 << 16, "a whole number from 1 to 65,536")
 COMMANDS = {    # what measures it (None: nothing does, a formula is printed); default size, batch, pixels a side
     "decode": (bench_decode, "XL", 1, 512),
     "train": (bench_train, "B", 4, 256),
@@ -332,9 +333,9 @@ def parse(argv):
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--size", choices=SIZES, help="default: B for train, else XL")
-    parser.add_argument("--batch", type=cli.positive_int, help="images; default: 4 for train, 16 for loader, else 1")
-    parser.add_argument("--prefix", type=cli.positive_int, default=512, help="rows of the prefix (default 512)")
-    parser.add_argument("--pixels", type=cli.positive_int, help="a side; default: 256 for train and vqgan, else 512")
+    parser.add_argument("--batch", type=moderate, help="images; default: 4 for train, 16 for loader, else 1")
+    parser.add_argument("--prefix", type=moderate, default=512, help="rows of the prefix (default 512)")
+    parser.add_argument("--pixels", type=moderate, help="a side; default: 256 for train and vqgan, else 512")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="the decoder's blocks; default: only for decode on cuda")

@@ -24,13 +24,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import cli
 import data
 import weights
 from cli import InputError, Ranks
-from scorers import Scorer, VisionJudge, color_distance
+from scorers import Scorer, VisionJudge, color_distance, published_name
 
 SETTINGS = ("weights", "data", "seed", "samples", "refs", "clip", "dino", "judge_model")    # flags that decide results
 COLUMNS = ("clip_i", "clip_t", "dino")
@@ -58,16 +57,22 @@ def images_in(folder):
                  if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
 
 
+def read_text(path, what):
+    """A small UTF-8 file. what: should be there, for the message"""
+    cli.check_file(path, what, most=1 << 20)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({str(error):.100}); it should hold {what}") from None
+
+
 def read_dreambench(path):
     """DreamBench's prompts_and_classes.txt -> {subject: class}, prompts for objects, prompts for live subjects.
 
     In a prompt, {1} stands for the class. https://github.com/google/dreambooth/tree/main/dataset
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, ValueError):
-        raise InputError(f"{path}: not readable; --data takes DreamBench's folder, which holds it") from None
+    text = read_text(path, "DreamBench's prompts; --data takes its folder")
     sections = re.split(r"^(?:Object|Live Subject) Prompts$", text, flags=re.MULTILINE)
     if len(sections) != 3:
         raise InputError(f"{path}: has no 'Object Prompts' and 'Live Subject Prompts'; use DreamBench's own file")
@@ -108,12 +113,11 @@ def dreambench_plus_examples(args):
         for reference in images_in(folder):
             number = os.path.splitext(os.path.basename(reference))[0]
             path = os.path.join(args.data, "captions", category, f"{number}.txt")
-            try:
-                with open(path, encoding="utf-8") as file:
-                    subject, *prompts = [line.strip() for line in file if line.strip()]
-            except (OSError, ValueError):
-                raise InputError(f"{path}: not readable or empty; it should hold the subject and the prompts of "
-                                 f"{reference}, one on each line") from None
+            what = f"the subject and the prompts of {reference}, one on each line"
+            lines = [line.strip() for line in read_text(path, what).splitlines() if line.strip()]
+            if len(lines) < 2:
+                raise InputError(f"{path}: has too few lines; it should hold {what}")
+            subject, *prompts = lines
             for p, prompt in enumerate(prompts):
                 for i in range(args.samples):
                     examples.append(Example(f"{category.replace(os.sep, '-')}-{number}-{p}-{i}", category, subject,
@@ -124,14 +128,38 @@ def dreambench_plus_examples(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling and scoring
 
+@dataclass(frozen=True)
+class Row:
+    """A line of results.jsonl; cp and pf are the judge's."""
+    key: str
+    group: str
+    subject: str
+    prompt: str
+    reference: str
+    seed: int
+    clip_i: float
+    clip_t: float
+    dino: float
+    cp: int | None = None
+    cp_answers: list[str] | None = None
+    pf: int | None = None
+    pf_answers: list[str] | None = None
+
+
+ROW_LIMITS = {"cp": (0, 4), "pf": (0, 4), "seed": (0, 2**63)} | dict.fromkeys(COLUMNS, (-1.01, 1.01))
+
+
 class Results:
     """results.jsonl: first the settings, then one line for each image, written once it is sampled and scored.
 
-    Several processes may append. A line that a killed process left unfinished is cut off at the next start.
+    Several processes may append. A line that a killed process left unfinished is cut off at the next start; where
+    another process had written on behind it, both are lost, and their pictures are made again.
     """
 
     def __init__(self, folder, settings, ranks):
         self.path = os.path.join(folder, "results.jsonl")
+        if os.path.lexists(self.path):
+            cli.check_file(self.path, "results of eval.py", most=4 << 30)
         if ranks.rank == 0:
             self.begin(settings)
         ranks.barrier()
@@ -139,8 +167,8 @@ class Results:
         ranks.barrier()                        # all see the same rows before any appends, so they share what is left
         for name, value in settings.items():
             if earlier.get(name) != value:
-                raise InputError(f"{self.path}: was made with another {name} ({earlier.get(name)}, not {value}); give "
-                                 f"the same again or another --out")
+                raise InputError(f"{self.path}: was made with another {name} ({cli.shortly(earlier.get(name))}, not "
+                                 f"{cli.shortly(value)}); give the same again or another --out")
         self.done = {row["key"] for row in rows if os.path.exists(os.path.join(folder, f"{row['key']}.png"))}
 
     @contextmanager
@@ -171,18 +199,22 @@ class Results:
 
     def read(self):
         """-> settings, then the rows in order; raises InputError for lines that are something else."""
-        lines = []
+        found = []
         with self.open("rb") as file:
             for number, line in enumerate(file, 1):
+                torn = number > 1 and (line.startswith(b'{"key": ') or b"\0" in line)         # a crash leaves zeros
                 try:
-                    lines.append(json.loads(line))
-                    valid = number == 1 or lines[-1].keys() >= {"key", "group", "reference", *COLUMNS}
-                except (ValueError, AttributeError, RecursionError):
-                    valid = False
-                if not valid or not isinstance(lines[-1], dict):
+                    found.append(cli.parse_json(line, self.path))
+                except InputError:
+                    if torn:
+                        continue
                     raise InputError(f"{self.path}: line {number} is not one that eval.py wrote; remove it or choose "
-                                     f"another --out")
-        return lines
+                                     f"another --out") from None
+                if number > 1:
+                    cli.from_json(Row, found[-1], f"{self.path}: line {number}", ROW_LIMITS)
+                elif not isinstance(found[0], dict):
+                    raise InputError(f"{self.path}: line 1 is not one that eval.py wrote; choose another --out")
+        return found
 
 
 def load_model(args, ranks):
@@ -234,7 +266,7 @@ def run_benchmark(args, ranks, examples, vision_judge=None):
     mentor, settings = load_model(args, ranks)
     results, cache = Results(args.out, settings, ranks), {}
     remaining = [example for example in examples if example.key not in results.done][ranks.rank::ranks.world]
-    with tqdm(range(0, len(remaining), args.batch), unit="batch", disable=ranks.rank > 0) as starts:
+    with cli.bar(range(0, len(remaining), args.batch), unit="batch", disable=ranks.rank > 0) as starts:
         for start in starts:
             chunk = remaining[start:start + args.batch]
             prompts = [data.prompt_for("subject", [example.subject], example.prompt) for example in chunk]
@@ -252,6 +284,9 @@ def run_benchmark(args, ranks, examples, vision_judge=None):
                 results.append(row)
     ranks.barrier()
     rows = {row["key"]: row for row in results.read()[1:]}
+    if lost := [example.key for example in examples if example.key not in rows]:
+        raise InputError(f"{results.path}: {len(lost)} lines are torn, the first of {lost[0]}; give the same command "
+                         "again, which makes what is missing")
     return settings, [rows[example.key] for example in examples]
 
 
@@ -285,13 +320,16 @@ def print_table(groups, means):
     return table
 
 
-def write_report(args, settings, rows, means):
-    """Prints the table; writes summary.json and a contact sheet: for each group the reference and some images."""
+def write_report(args, settings, rows, means, **extra):
+    """Prints the table; writes summary.json, `extra` in it, and a contact sheet: for each group the reference and some
+    images."""
     groups = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     table = print_table({**groups, "all": rows}, means)
-    cli.write_json(os.path.join(args.out, "summary.json"), {**settings, "scores": table})
+    scores = {group: {name: None if value != value else value for name, value in columns.items()}      # JSON has no nan
+              for group, columns in table.items()}
+    cli.write_json(os.path.join(args.out, "summary.json"), {**settings, **extra, "scores": scores})
     tiles, columns = [], 5
     for group in groups.values():
         step = max(1, len(group) // (columns - 1))
@@ -309,12 +347,15 @@ def write_report(args, settings, rows, means):
 def dreambench(args, ranks):
     """DreamBench: CLIP-I and DINO against all images of the subject, CLIP-T against the prompt."""
     examples, missing = dreambench_examples(args)
+    warning = (f"{args.data} holds no pictures of {len(missing)} of DreamBench's subjects ({', '.join(missing)}), so "
+               "the averages cannot be compared with published ones")
+    if missing and ranks.rank == 0:            # before the hours of work and behind them
+        print(warning)
     settings, rows = run_benchmark(args, ranks, examples)
     if ranks.rank == 0:
-        write_report(args, settings, rows, network_means)
+        write_report(args, settings, rows, network_means, missing_subjects=missing)
         if missing:
-            print(f"{args.data} holds no pictures of {len(missing)} of DreamBench's subjects ({', '.join(missing)}), "
-                  f"so the averages cannot be compared with published ones")
+            print(warning)
 
 
 def dreambench_plus(args, ranks):
@@ -355,7 +396,7 @@ def reconstruct(args, ranks):
     cli.probe(out)
     mentor, settings = load_model(args, ranks)
     rows, starts = {}, range(ranks.rank * args.batch, len(paths), ranks.world * args.batch)
-    with tqdm(starts, unit="batch", disable=ranks.rank > 0) as starts:
+    with cli.bar(starts, unit="batch", disable=ranks.rank > 0) as starts:
         for start in starts:
             chunk = paths[start:start + args.batch]
             l2, l2_ceiling = reconstruction_errors(mentor, [data.open_image(path) for path in chunk], args.seed + start)
@@ -388,11 +429,13 @@ def cmmd(args, ranks):
         paths = images_in(folder)
         if not paths:
             raise InputError(f"{folder}: no folder with pictures; name two")
-        with tqdm(paths, desc=folder, disable=ranks.rank > 0) as progress:
+        with cli.bar(paths, desc=folder, disable=ranks.rank > 0) as progress:
             rows = [scorer.embed_images([data.open_image(path)])["clip"] for path in progress]
         sets.append(torch.cat(rows))                                                      # (M or N, C)
     if ranks.rank == 0:
-        print(f"CMMD {1000 * mmd(*sets):.3f} of {len(sets[0])} and {len(sets[1])} pictures")
+        name, comparable = published_name(scorer.clip.vision.config)
+        note = "" if comparable else ", not comparable with published figures, which use ViT-L/14 at 336 pixels"
+        print(f"CMMD {1000 * mmd(*sets):.3f} of {len(sets[0])} and {len(sets[1])} pictures, by CLIP {name}{note}")
 
 
 def parse(argv):

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from cli import InputError
+from cli import InputError, bar
 from data import IMAGE, Processor
 from encoder import MultimodalEncoder, RMSNorm, T5Config, VisionConfig, aligned, compute_dtype
 from rope2d import apply_rope, prefix_and_image_table
@@ -83,7 +82,7 @@ class MentorConfig:
     prefix_tokens: int = 512         # the longest prefix S
     image_size: int = 512            # the largest image, pixels a side
     image_id: int = 32100            # T5's id of `<image>`
-    untrained: tuple = ()            # parts that no file held and no stage has trained, as train.PARTS names them
+    untrained: tuple[str, ...] = ()  # parts that no file held and no stage has trained, as train.PARTS names them
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
@@ -428,7 +427,7 @@ class Mentor(nn.Module):
         if logits.is_cuda and self.graphs:
             step = Graphs(step, cache)
         tokens = [sample_tokens(guide(logits, sampling.cfg_scale), uniform[:, 0], sampling)]
-        for k in tqdm(range(1, count), desc="sampling", unit="token", disable=not progress, leave=False):
+        for k in bar(range(1, count), desc="sampling", unit="token", disable=not progress, leave=False):
             tokens.append(step(tokens[-1], uniform[:, k]))
         return torch.stack(tokens, dim=1)                                                 # (B, count)
 
@@ -446,8 +445,8 @@ class Mentor(nn.Module):
             raise InputError("these weights hold no trained connector, so they cannot see reference pictures; "
                              "leave out the references or use MENTOR's weights")
         ids, mask, refs = (batch[key].to(self.device) for key in ("ids", "mask", "refs"))
-        if not seeds or len(seeds) % len(ids):
-            raise ValueError(f"{len(seeds)} seeds for {len(ids)} prompts; give as many, or a multiple")
+        if not seeds or len(seeds) % len(ids) or not 0 <= min(seeds) <= max(seeds) < 2**63:
+            raise ValueError(f"{len(seeds)} seeds for {len(ids)} prompts; give as many, or a multiple, all 0 or above")
         prefix = self.prefix(ids, mask, refs).repeat(len(seeds) // len(ids))
         if offload:
             self.encoder.to("meta")

@@ -13,9 +13,12 @@ import argparse
 import json
 import os
 import re
+import sys
 import time
+import unicodedata
 from dataclasses import asdict, replace
 
+import torch
 from PIL import Image, PngImagePlugin
 
 import cli
@@ -28,13 +31,13 @@ from rope2d import PREFIX_ROPE
 VIEW = 256                 # smaller images are saved enlarged to about that many pixels a side
 ROOT = os.path.dirname(os.path.abspath(__file__))
 EXAMPLE = os.path.join(ROOT, "assets", "dog_face.png"), "a dog face on a meadow"
-ABOUT_TINY = ("weights: tiny, a small model that knows nothing but emoji before painted scenes; --weights mentor "
-              "(10 GB, downloaded once) draws what is in photographs")
+ABOUT_TINY = ("weights: tiny, a small model that knows nothing but emoji before thirty painted scenes (README); subjects "
+              "come from --ref, without one it draws the scene; --weights mentor (10 GB) draws what is in photographs")
 MORE_EXAMPLES = """other things to try:
   python sample.py --ref assets/dog_face.png --prompt "a dog face under water" --n 4
   python sample.py --ref assets/penguin.png --prompt "a penguin in the snow"
   python sample.py --ref assets/penguin.png --task segment
-  python sample.py --prompt "a pencil sketch of a tropical fish in the snow"
+  python sample.py --prompt "a volcano" --n 4
 """
 
 
@@ -47,8 +50,9 @@ def parse(argv):
     what.add_argument("--subject", action="append", default=[], metavar="NAME",
                       help="what a reference shows, in order of --ref; default: its file's name")
     what.add_argument("--task", choices=["segment", "reconstruct"], help="instead of drawing it anew")
-    what.add_argument("--n", type=cli.positive_int, default=1, help="images (default 1); several get a contact sheet")
-    what.add_argument("--size", type=int, help="pixels a side; default: the weights' own")
+    what.add_argument("--n", type=cli.checked(int, lambda n: 0 < n <= 1000, "a whole number from 1 to 1000"), default=1,
+                      help="images (default 1); several get a contact sheet")
+    what.add_argument("--size", type=cli.positive_int, help="pixels a side; default: the weights' own")
     how = parser.add_argument_group("how to sample (defaults come with the weights)")
     how.add_argument("--seed", type=cli.natural, default=0, help="default 0; image i of --n has seed + i")
     how.add_argument("--cfg", type=float, dest="cfg_scale", help="classifier-free guidance; 1 = none")
@@ -59,13 +63,15 @@ def parse(argv):
     where.add_argument("--weights", default="tiny", help="a folder, a hub repository (owner/name), random, or one of "
                        f"{', '.join([*weights.BUNDLED, *weights.HUB])}; default tiny")
     where.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: as trained")
-    where.add_argument("--out", default="out", help="a PNG's name, or a folder; default out/")
+    where.add_argument("--out", default="out", help="a PNG, replaced if there, or a folder, where none is (out/)")
     where.add_argument("--device", help="default: cuda, else mps, else cpu")
     where.add_argument("--dtype", choices=weights.DTYPES, help="default: bf16 on cuda, else fp32")
     where.add_argument("--offload", action="store_true", help="CLIP and T5 make room once they have read the prompt")
     where.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks: half a "
                        "minute at the first use, then faster; default: for large decoders, on a GPU from 32 images on")
     args = parser.parse_args(argv)
+    args.prompt, *args.subject = (text.encode(errors="surrogateescape").decode(errors="replace")
+                                  for text in (args.prompt, *args.subject))         # bytes come so in a C locale
     args.example = not (args.prompt or args.ref or args.task)
     if args.example:
         args.ref, args.prompt = [EXAMPLE[0]], EXAMPLE[1]
@@ -74,6 +80,11 @@ def parse(argv):
     if args.subject and len(args.subject) != len(args.ref):
         raise InputError(f"{len(args.subject)} --subject were given for {len(args.ref)} --ref; --subject names a "
                          f"reference picture, so give one for each or none")
+    whole = data.IMAGE in args.prompt          # taken as it is
+    if args.subject and (whole or args.task == "reconstruct") or args.task == "segment" and args.prompt and not whole:
+        raise InputError(f"{'--subject' if args.subject else '--prompt'} would have no effect here; leave it out")
+    if re.search(r"\.(jpe?g|jfif|webp|gif|bmp|tiff?|avif|jxl|heic|pdf|svg|ppm)$", args.out.lower()):
+        raise InputError(f"--out {args.out}: pictures are written as PNG; give a name that ends in .png, or a folder")
     if not args.task and not args.prompt.strip():
         raise InputError('there is nothing to draw; add --prompt "..."')
     args.task = args.task or ("subject" if args.ref else "t2i")
@@ -83,12 +94,17 @@ def parse(argv):
     return args
 
 
-def out_name(out, prompt):
-    """Where the image goes: --out itself if it ends in .png, else a name made of the prompt in that folder."""
-    if out.lower().endswith(".png"):
-        return out
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.split("\n")[-1].replace(data.IMAGE, "").lower()).strip("-")
-    return os.path.join(out, (words[:60].rstrip("-") or "picture") + ".png")
+def out_names(out, prompt, seeds):
+    """Where the images go: --out itself if it ends in .png, else a new name in that folder, made of the letters and
+    digits of the prompt, _2 behind it where it is taken, and so on. -> a name for each seed, that of all (the sheet)"""
+    line = unicodedata.normalize("NFC", prompt.split("\n")[-1].replace(data.IMAGE, "").casefold())
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in line).split()       # of any script
+    stem = "-".join(words).encode(sys.getfilesystemencoding(), "ignore")[:120].decode(errors="ignore") or "picture"
+    for i in range(1, sys.maxsize):
+        path = out if out.lower().endswith(".png") else os.path.join(out, stem + (f"_{i}" if i > 1 else "") + ".png")
+        names = [f"{path[:-4]}-{seed}.png" for seed in seeds] if len(seeds) > 1 else [path]
+        if path == out or not any(map(os.path.lexists, [path, *names])):
+            return names, path
 
 
 def save(image, path, settings):
@@ -100,21 +116,19 @@ def save(image, path, settings):
 
 
 def save_all(images, out, settings):
-    """One image to the file that `out_name` gives; several beside it, each with its seed, and there a contact sheet."""
-    path = out_name(out, settings["prompt"])
+    """Images to the files that `out_names` gives, each with its seed; of several a contact sheet."""
+    seeds = range(settings["seed"], settings["seed"] + len(images))
+    names, path = out_names(out, settings["prompt"], seeds)
     factor = max(1, VIEW // images[0].width)
     images = [image.resize((factor * image.width, factor * image.height), Image.BICUBIC) for image in images]
-    if len(images) == 1:
-        save(images[0], path, settings)
-        print(f"wrote {path}")
-        return
-    names = [f"{path[:-4]}-{settings['seed'] + i}.png" for i in range(len(images))]
-    for i, image in enumerate(images):
-        save(image, names[i], {**settings, "seed": settings["seed"] + i, "n": 1})
-    save(cli.contact_sheet(images), path, settings)
-    print(f"wrote {names[0]} to {names[-1]} and the sheet {path}")
+    for image, name, seed in zip(images, names, seeds):
+        save(image, name, {**settings, "seed": seed, "n": 1})
+    if len(images) > 1:
+        save(cli.contact_sheet(images), path, settings)
+    print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
 
 
+@cli.enough_memory("try --offload, --dtype bf16, or a smaller --n or --size")
 def main(argv=None):
     """The command line: prompt and references, model, images, files."""
     args = parse(argv)
@@ -130,8 +144,10 @@ def main(argv=None):
         print(ABOUT_TINY)
     if args.weights.startswith("random"):
         print("weights: random, so the image will be noise; for real images use --weights tiny, mentor or a folder")
+    large = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
+    if not large and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)               # a small model gains nothing from two, which wait for each other
     if args.compile is None:
-        large = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
         args.compile = large and (device == "cpu" or args.n >= 32)     # on a GPU: a minute, to save 2 s an image
     if args.compile:
         model.compile_blocks(mentor.decoder)
@@ -141,6 +157,8 @@ def main(argv=None):
     if data.IMAGE not in prompt:               # else it is taken as it is
         prompt = data.prompt_for(args.task, args.subject, prompt)
     print(f"prompt: {prompt!r}\ndevice: {device}, {dtype}")
+    if args.size and args.size < mentor.config.image_size:
+        print(f"size: below the weights' own {mentor.config.image_size} pixels it is a cut-out, as if zoomed in")
     start, sampling = time.perf_counter(), replace(mentor.config.sampling, **args.sampling)
     batch = data.collate([mentor.processor(prompt, images)])
     pixels = mentor.sample(batch, range(args.seed, args.seed + args.n), sampling, args.size, progress=True,

@@ -15,6 +15,8 @@ import io
 import json
 import os
 import re
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
+import cli
 import data
 from cli import InputError
 from encoder import CLIP_NAMES, ClipVision, VisionConfig, VitBlock
@@ -158,6 +161,13 @@ def network_files(kind, folder):
     return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
 
 
+def published_name(config):
+    """What a CLIP of that image tower is called, and whether published CMMD figures use it. -> str, bool"""
+    letter = {768: "B", 1024: "L", 1280: "H"}.get(config.width, f"{config.width} channels")
+    return f"ViT-{letter}/{config.patch_size} at {config.image_size} pixels", (
+        config.width, config.patch_size, config.image_size) == (1024, 14, 336)
+
+
 def clip_of(tensors):
     """The Clip that these public tensors belong to; all published ones have heads of 64 channels."""
     def tower_sizes(tower):
@@ -194,7 +204,7 @@ def read_network(kind, files, build, table, unused):
             network = build(tensors)
     except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise InputError(f"{path}: holds no {kind.upper()} ({reason}); use the file of {repo}") from None
+        raise InputError(f"{path}: holds no {kind.upper()} ({str(reason):.200}); use the file of {repo}") from None
     fill_in(network, tensors, {public_name(name, table): name for name in network.state_dict()}, path)
     return network.eval().requires_grad_(False)
 
@@ -202,10 +212,13 @@ def read_network(kind, files, build, table, unused):
 def clip_tokenizer(vocab, merges):
     """CLIP's byte-level BPE from the paths of its two files: lower case, words end in </w>, <|startoftext|> and
     <|endoftext|> around a text. https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py"""
+    cli.check_file(vocab, "a vocabulary of CLIP", most=64 << 20)
+    cli.check_file(merges, "CLIP's merges", most=64 << 20)
     try:
         tokenizer = Tokenizer(models.BPE.from_file(vocab, merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     except Exception as error:                 # tokenizers raises no narrower class
-        raise InputError(f"{vocab}: not a vocabulary of CLIP ({error}); copy it and merges.txt again") from None
+        raise InputError(f"{vocab}: not a vocabulary of CLIP ({str(error):.200}); copy it and merges.txt again"
+                         ) from None
     start_id, end_id = tokenizer.token_to_id("<|startoftext|>"), tokenizer.token_to_id("<|endoftext|>")
     if start_id is None or end_id is None:
         raise InputError(f"{vocab}: lacks <|startoftext|> or <|endoftext|>; use the file of {NETWORKS['clip'][0]}")
@@ -301,7 +314,11 @@ ANSWER = "\n\nSay in one sentence what you see, then end with a line of the form
 
 
 class Unreachable(Exception):
-    """One request failed, but another try may succeed."""
+    """One request failed, but another try may succeed. hopeless: not if the address has never answered before."""
+
+    def __init__(self, reason, hopeless=False):
+        super().__init__(reason)
+        self.hopeless = hopeless
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -334,7 +351,7 @@ class VisionJudge:
         self.address = f"{parts.scheme}://{parts.netloc}{path}"        # for messages: a query may hold secrets too
         self.url = parts._replace(path=f"{path}/chat/completions", fragment="").geturl()
         self.model, self.key, self.tries, self.wait, self.timeout = model, key, tries, wait, timeout
-        self.opener = urllib.request.build_opener(NoRedirect)
+        self.opener, self.answered = urllib.request.build_opener(NoRedirect), False
 
     def request(self, text, images, temperature):
         """Asks once. -> the model's answer; raises Unreachable if another try may succeed, else InputError."""
@@ -356,13 +373,17 @@ class VisionJudge:
         except urllib.error.HTTPError as error:
             self.raise_for(error.code)
         except (OSError, http.client.HTTPException) as error:                # refused, reset, too slow
-            raise Unreachable(str(getattr(error, "reason", error)) or type(error).__name__) from None
+            reason = getattr(error, "reason", error)
+            nobody = isinstance(reason, (ConnectionRefusedError, socket.gaierror, ssl.SSLError))
+            raise Unreachable(str(reason)[:200] or type(error).__name__, nobody) from None
         if len(answer) > MAX_ANSWER:
-            raise Unreachable(f"an answer of more than {MAX_ANSWER >> 20} MiB")
+            raise Unreachable(f"an answer of more than {MAX_ANSWER >> 20} MiB", hopeless=True)
         try:
-            return str(json.loads(answer)["choices"][0]["message"]["content"])
+            text = str(json.loads(answer)["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise Unreachable("an answer that is not a chat completion") from None
+            raise Unreachable("an answer that is not a chat completion", hopeless=True) from None
+        self.answered = True
+        return text
 
     def raise_for(self, status):
         """The exception that an HTTP status other than success stands for."""
@@ -387,6 +408,8 @@ class VisionJudge:
                 answers.append(self.request(text, images, temperature=0.7 if answers else 0))
             except Unreachable as error:
                 reason = error
+                if error.hopeless and not self.answered:
+                    raise InputError(f"{self.address}: no answer of a judge ({reason}); check --judge-url") from None
                 continue
             if scores := re.findall(r"score\W{0,5}([0-4])(?!\.?\d)", answers[-1], re.IGNORECASE):
                 return int(scores[-1]), answers

@@ -20,7 +20,7 @@ from torch import nn
 class VQConfig:
     """The defaults are VQ-16; VQ-8 has multipliers (1, 2, 2, 4)."""
     channels: int = 128
-    multipliers: tuple = (1, 1, 2, 2, 4)
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
     latent: int = 256
     codes: int = 16384

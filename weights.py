@@ -11,19 +11,22 @@ Nothing is copied where a file can be memory-mapped, and no pickle gets to run c
 Skip this file at first: nothing in it is about the network. Next: `sample.py`, the command line.
 """
 import argparse
+import filecmp
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from dataclasses import asdict, fields, is_dataclass, replace
+import zlib
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -31,8 +34,8 @@ from torch import nn
 import cli
 from cli import InputError
 from data import CAPTION_TOKENS, IMAGE
-from encoder import CLIP_NAMES, T5_NAMES, Connector
-from model import SIZES, Mentor, MentorConfig
+from encoder import CLIP_NAMES, CONNECTORS, T5_NAMES, Connector
+from model import SIZES, Mentor, MentorConfig, Sampling
 from rope2d import PREFIX_ROPE
 
 TOKENIZER = ("google/flan-t5-xl", "tokenizer.json")
@@ -45,9 +48,11 @@ HUB = {     # name for --weights: the public files it is made of, as (repository
     "llamagen": (("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt"), LLAMAGEN_VQ16, *ENCODERS),
     "llamagen-256": (("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt"), LLAMAGEN_VQ16, *ENCODERS),
 }
+DEMO = Sampling(cfg_scale=2.5, temperature=0.9, top_k=5000)    # how MENTOR's demo samples; LlamaGen's are the defaults
+LLAMAGEN_ROWS = 120                            # of its unconditional table
 BUNDLED = {"tiny": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}   # in the repository
 OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-CHECKPOINT_FILES = (*OWN_FILES, "training.safetensors", "training.json")
+CHECKPOINT_FILES = (*OWN_FILES, "training.safetensors", "training.json", "checksums.json")
 
 
 class Part(NamedTuple):
@@ -104,9 +109,15 @@ def public_names(model, kind):
 # Reading files
 
 def shards(index):
-    """The files that a shard index (.json) names."""
-    with open(index) as file:
-        return sorted(set(json.load(file)["weight_map"].values()))
+    """The names of the files that a shard index (.json) lists; they lie beside it."""
+    content = cli.read_json(index, "an index of shards")
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise InputError(f'{index}: has no "weight_map"; it should be an index of shards')
+    for name in names.values():
+        if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: names {cli.shortly(name)} for a shard; they are .safetensors files beside it")
+    return sorted(set(names.values()))
 
 
 def read_pickle(path):
@@ -138,36 +149,67 @@ def read_tensors(path):
     Pickles are read with weights_only=True: one that would run code is refused, nothing of it runs.
     """
     path = str(path)
+    head = cli.check_file(path, "weights")
+    pickled = head.startswith((b"PK\x03\x04", b"\x80"))       # of torch.save, now and before version 1.6
     try:
         content = read_content(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path or download it again") from None
     except InputError:
         raise
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
+        if not pickled:
+            raise InputError(f"{path}: is {cli.what_begins_so(head) or 'no weight file'}") from None
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"would run code ({code[1]})" if code else "holds more than tensors"
+        reason = f"would run code ({code[1]:.100})" if code else "holds more than tensors"
         raise InputError(f"{path}: this pickle {reason} and was refused, nothing of it was run; "
                          f"get the file from its publisher") from None
     except Exception as error:                 # truncated archives fail in many ways
-        raise InputError(f"{path}: not a weight file, or a truncated one ({type(error).__name__}); "
-                         f"download it again") from None
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        found = None if pickled else cli.what_begins_so(head)
+        truncated = f"not a weight file, or a truncated one ({type(error).__name__}); download it again"
+        raise InputError(f"{path}: is {found or truncated}") from None
+    if isinstance(content, dict):
+        content = content.get("model", content)
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no tensors; it is not one of the public weight files")
     return tensors
 
 
+def hub_says(repo, error):
+    """An exception of the hub's library -> what to do about it, as text for a message."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "HFValidationError" in kinds:
+        return f"{repo!r} is no name of a hub repository; write owner/name, or name a folder that is there"
+    if "OfflineModeIsEnabled" in kinds:
+        return "HF_HUB_OFFLINE forbids to ask the hub, and it is not in the cache; name a local folder"
+    if "GatedRepoError" in kinds or status == 403:
+        return "the hub does not hand it out; accept the terms on its page and log in with `hf auth login`"
+    if status == 401 or "RepositoryNotFoundError" in kinds:
+        return ("the hub has no such repository, or a private one; check the name, name a folder that is there, or log "
+                "in with `hf auth login`")
+    if status == 404:
+        return ("the repository has no such file, so it is none that `weights.py convert` wrote; name another, or a "
+                "folder with public files")
+    if status:
+        return f"the hub answers with an error (HTTP {status}); try again later, or name a local folder"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return (f"the download failed ({reason}); check the connection and try again, it goes on where it stopped, or "
+            "name a local folder")
+
+
 def download(repo, name):
     """One file of a hub repository, from the cache or the net: shows progress, resumes, and checks the sum. -> path"""
     import huggingface_hub                     # here, because it takes a while to import and is seldom needed
-    known = huggingface_hub.try_to_load_from_cache(repo, name)
     try:
-        path = huggingface_hub.hf_hub_download(repo, name)
-    except Exception as error:
-        raise InputError(f"{repo}/{name}: the download failed ({str(error).splitlines()[0]}); check the connection "
-                         f"and try again, it goes on where it stopped, or name a local folder") from None
+        known = huggingface_hub.try_to_load_from_cache(repo, name)
+        if not isinstance(known, str):         # asks once: the library itself would try for half a minute
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, name), timeout=10)
+        path = huggingface_hub.hf_hub_download(repo, name, etag_timeout=5)
+    except Exception as error:                 # of the library, of the one below it that speaks HTTP, of the disk
+        raise InputError(f"{repo}/{name}: {hub_says(repo, error)}") from None
     blob = os.path.realpath(path)
     digest = os.path.basename(blob)            # the cache names large files by their SHA-256
     if not isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", digest):
@@ -181,7 +223,10 @@ def download(repo, name):
 
 def files_in(folder):
     """Paths of the weight files, the configuration and the tokenizer in a folder."""
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); choose another folder of weights") from None
     sharded = any(name.endswith(".index.json") for name in names)
     paths = []
     for name in names:
@@ -196,12 +241,19 @@ def locate(weights):
     weights = BUNDLED.get(weights, weights)
     if os.path.isdir(weights):
         return files_in(weights)
-    if weights not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", weights):
+    if os.path.lexists(weights):
+        raise InputError(f"{weights}: is no folder; weights are a folder of files, so name the one it lies in")
+    # what begins as a path does, or lies in a folder that is there, is a path with a slip in it: the hub is not asked
+    is_path = weights.startswith((".", "~", "out/", "assets/")) or os.path.isdir(os.path.dirname(weights))
+    if weights not in HUB and (is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", weights)):
         raise InputError(f"{weights}: no such folder of weights; name a folder, a hub repository (owner/name), or one "
                          f"of random, {', '.join([*BUNDLED, *HUB])}")
     paths = []
     for repo, name in HUB.get(weights) or [(weights, name) for name in OWN_FILES]:
         paths.append(download(repo, name))
+        if repo == weights and name == "config.json" and is_public_folder({name: paths[0]}):
+            raise InputError(f"{weights}: its config.json is another program's; name a repository with a folder that "
+                             "`weights.py convert` wrote, or download its files beside those that it needs (README)")
         if name.endswith(".index.json"):
             for shard in shards(paths[-1]):
                 download(repo, shard)
@@ -222,10 +274,12 @@ def byte_tokenizer():
 
 def load_tokenizer(path):
     """Reads a tokenizer.json (FLAN-T5's, or a model folder's own)."""
+    head = cli.check_file(path, "a tokenizer", most=64 << 20)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:                 # the library raises bare Exceptions
-        raise InputError(f"{path}: not a readable tokenizer.json ({error}); copy it again") from None
+        found = cli.what_begins_so(head) or f"not a readable tokenizer.json ({str(error):.200}); copy it again"
+        raise InputError(f"{path}: is {found}") from None
 
 
 def tokenizer_in(weights, paths):
@@ -239,6 +293,16 @@ def tokenizer_in(weights, paths):
 # ---------------------------------------------------------------------------------------------------------------------
 # Filling a model
 
+def is_plain(tensor):
+    """Whether a tensor holds floats, one for each element, in memory: no whole or complex numbers, sparse or meta."""
+    return tensor.is_floating_point() and tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
+def is_finite(tensor):
+    """Whether every number is. The sum tells it thirty times faster than a look at each: 10 GB in about a second."""
+    return bool(tensor.detach().sum(dtype=torch.float32).isfinite()) or bool(tensor.detach().isfinite().all())
+
+
 def fill_in(model, tensors, names, path):
     """Puts tensors into the model; raises InputError naming all that is missing, extra or mis-shaped.
 
@@ -250,12 +314,18 @@ def fill_in(model, tensors, names, path):
             problems.append(f"{public} is missing")
         elif tensors[public].shape != state[ours].shape:
             problems.append(f"{public} is {list(tensors[public].shape)} but should be {list(state[ours].shape)}")
+        elif not state[ours].is_floating_point():
+            picked[ours] = tensors[public]
+        elif not is_plain(tensors[public]):
+            problems.append(f"{public} holds {tensors[public].dtype}, or is sparse, but should hold floats")
         else:
             picked[ours] = tensors[public].float()
+            if not is_finite(picked[ours]):
+                problems.append(f"{public} holds values that are not finite")
     problems += [f"{name} is not part of this model" for name in tensors if name not in names]
     if problems:
-        more = f" and {len(problems) - 8} more problems" if len(problems) > 8 else ""
-        raise InputError(f"{path}: does not fit this model: {'; '.join(problems[:8])}{more}")
+        more = f" and {len(problems) - 4} more problems" if len(problems) > 4 else ""
+        raise InputError(f"{path}: does not fit this model: {'; '.join(problems[:4])}{more}")
     model.load_state_dict(picked, strict=False, assign=True)
 
 
@@ -264,7 +334,7 @@ def lengthen(tensors, name, rows, last=False):
     release, though prompts, padded at the left, read the table from its end; with `last` they stay where they are read.
     """
     table = tensors.get(name)
-    if table is None or len(table) >= rows:
+    if table is None or table.dim() != 2 or len(table) >= rows:
         return
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(rows - len(table), table.size(1), generator=generator) / table.size(1)**0.5
@@ -289,25 +359,35 @@ def fill_public(model, path, tensors, kind):
     fill_in(model, tensors, names, path)
 
 
-def public_config(files):
+def public_config(weights, files, log=print):
     """The published network's configuration, with what differs between its files read off them."""
     if "mentor" not in files and "decoder" not in files:
         return MentorConfig()
     path, tensors = files.get("mentor") or files["decoder"]
     layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
-    width = tensors["tok_embeddings.weight"].size(1) if "tok_embeddings.weight" in tensors else 0
+    table = tensors.get("tok_embeddings.weight")
+    width = table.size(1) if table is not None and table.dim() == 2 else 0
     sizes = [size for size in SIZES.values() if (size.decoder.layers, size.decoder.width) == (layers, width)]
     if not sizes:
         raise InputError(f"{path}: a decoder of {layers} layers and width {width} is none of the sizes "
                          f"{', '.join(SIZES)}")
-    config = sizes[0]
-    if "cls_embedding.uncond_embedding" in tensors:
-        config = replace(config, prefix_tokens=len(tensors["cls_embedding.uncond_embedding"]))
-    # LlamaGen's own files were trained with the prefix erased (rope2d.py); their names also tell the image's size
-    llamagen = re.match(r"t2i_.*_(\d+)\.pt$", os.path.basename(path))
-    if llamagen:
-        config = replace(config, image_size=int(llamagen[1]), decoder=replace(config.decoder, prefix_rope="zero"))
-    return config
+    config, uncond = sizes[0], tensors.get("cls_embedding.uncond_embedding")
+    if uncond is not None and uncond.dim() == 2 and 0 < len(uncond) <= LIMITS["prefix_tokens"][1]:
+        config = replace(config, prefix_tokens=len(uncond))
+    if "mentor" in files:
+        return replace(config, sampling=DEMO)
+    # LlamaGen's own files, with 120 such rows, were trained with the prefix erased (rope2d.py); so has MENTOR's
+    # generator, which was not. Names that the hub gives tell them apart, and the size of their images
+    name = os.path.basename(path)
+    size, erased = re.match(r"t2i_\w+_(256|512)\.pt$", name), config.prefix_tokens == LLAMAGEN_ROWS
+    if weights == "generator" or name == HUB["generator"][0][1]:
+        return config
+    rope, owner = ("zero", "LlamaGen") if erased else ("identity", "MENTOR")
+    if not size:
+        log(f"{path}: taken for {owner}'s decoder for images of 512 pixels, with the prefix's rotation {rope}; if it "
+            "is another, give --prefix-rope or --size")
+    decoder = replace(config.decoder, prefix_rope=rope)
+    return replace(config, image_size=int(size[1]) if size else 512, decoder=decoder)
 
 
 def override(config, prefix_rope=None, prefix_tokens=None):
@@ -323,28 +403,13 @@ def resize(mentor, image_size):
     return mentor
 
 
-def config_from_dict(cls, values):
-    """The inverse of dataclasses.asdict, for nested configurations; raises InputError for names it does not know."""
-    known = {f.name: f.type for f in fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise InputError(f"config.json holds {', '.join(unknown)}, which {cls.__name__} does not know; "
-                         f"it was written by another version")
-    made = {}
-    for name, value in values.items():
-        if is_dataclass(known[name]):
-            value = config_from_dict(known[name], value)
-        made[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**made)
-
-
 def is_public_folder(paths):
     """Whether config.json is one of the transformers library, as the hub has it beside public weights."""
     try:
-        with open(paths["config.json"]) as file:
-            return "model_type" in json.load(file)
-    except (OSError, ValueError, TypeError):
+        config = cli.read_json(paths["config.json"], CONFIGURATION)
+    except (InputError, KeyError):
         return False
+    return isinstance(config, dict) and bool({"model_type", "architectures", "transformers_version"} & config.keys())
 
 
 RANDOM = re.compile(r"random(-\w+)?")          # names of random models
@@ -358,13 +423,41 @@ def random_config(name):
     return SIZES[size]
 
 
+CONFIGURATION = "a model's configuration, as `weights.py convert` writes it"
+MANY, SOME = (1, 1 << 20), (1, 1024)
+LIMITS = {      # what the fields of a configuration may be, wherever they stand: cli.from_json
+    "width": MANY, "layers": SOME, "heads": SOME, "mlp": MANY, "image_size": (8, 8192), "patch_size": SOME,
+    "head_dim": (1, 4096), "vocab_size": (4, 1 << 24), "dropout": (0, 0.99), "buckets": (4, 4096),
+    "max_distance": (4, 1 << 20), "multiple_of": MANY, "codes": MANY, "prefix_rope": set(PREFIX_ROPE),
+    "rope_base": (1.001, 1e9), "channels": (4, 1 << 14), "multipliers": (1, 64), "res_blocks": (1, 64),
+    "latent": MANY, "code_width": (1, 1 << 14), "beta": (0, 1e6), "prefix_tokens": (1, 1 << 17),
+    "image_id": (3, 1 << 24), "connector": set(CONNECTORS), "cfg_scale": (-1e6, 1e6), "temperature": (0, 1e6),
+    "top_k": MANY, "top_p": (1e-9, 1),
+    "untrained": {"encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan"},
+}
+
+
 def read_config(path):
-    """The configuration in a config.json that `write` wrote."""
-    try:
-        with open(path) as file:
-            return config_from_dict(MentorConfig, json.load(file))
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a model's configuration ({error}); copy it again") from None
+    """The configuration in a config.json that `write` wrote; InputError names the file and the field."""
+    config = cli.from_json(MentorConfig, cli.read_json(path, CONFIGURATION), path, LIMITS, optional=("untrained",))
+    vision, decoder, vqgan = config.vision, config.decoder, config.vqgan
+    widths = [vqgan.channels * multiplier for multiplier in (1, *vqgan.multipliers)]
+    rules = (    # how the fields go together
+        (vision.width % vision.heads == 0, "vision.heads must divide vision.width"),
+        (vision.image_size % vision.patch_size == 0, "vision.patch_size must divide vision.image_size"),
+        (decoder.width % (4 * decoder.heads) == 0, "decoder.width must be a multiple of 4 x decoder.heads"),
+        (decoder.codes == vqgan.codes, "decoder.codes must equal vqgan.codes"),
+        (0 < len(vqgan.multipliers) <= 8, "vqgan.multipliers must be 1 to 8 numbers"),
+        (all(c % min(32, c // 4) == 0 for c in widths), "vqgan.channels must be a multiple of 32, or of 4 below 128"),
+        (config.image_size % vqgan.factor == 0, f"image_size must be a multiple of a token's {vqgan.factor} pixels"),
+        (config.image_id < config.t5.vocab_size, "image_id must be less than t5.vocab_size"),
+        (config.t5.buckets % 4 == 0 and config.t5.max_distance > config.t5.buckets // 2,
+         "t5.buckets must be a multiple of 4, and t5.max_distance more than half of it"),
+        (config.sampling.top_k <= decoder.codes, "sampling.top_k must be at most decoder.codes"))
+    for holds, rule in rules:
+        if not holds:
+            raise InputError(f"{path}: {rule}; copy the file again")
+    return config
 
 
 def find_config(weights):
@@ -435,7 +528,7 @@ def load_public_files(weights, paths, config, overrides, t5_decoder, log):
     tokenizer = tokenizer_in(weights, paths)
     if "mentor" in files:
         prefer_checkpoint(files, log)
-    config = override(config or public_config(files), **overrides)
+    config = override(config or public_config(weights, files, log), **overrides)
     with torch.device("meta"):
         model = Mentor(config, tokenizer, t5_decoder)
     for kind, (path, tensors) in files.items():
@@ -534,6 +627,7 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=Non
     news. overrides: as `override` takes them.
     """
     weights = str(weights)
+    cli.pick_device(str(device))
     if RANDOM.fullmatch(weights):
         config = override(config or random_config(weights), **overrides)
         model = random_model(config, byte_tokenizer(), 0, t5_decoder)
@@ -543,9 +637,27 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=Non
     paths = {os.path.basename(path): path for path in locate(weights)}
     if "config.json" in paths and "model.safetensors" in paths and not is_public_folder(paths):
         model = load_folder(weights, paths, config, overrides, t5_decoder)
+    elif paths and paths.keys() <= set(OWN_FILES) and not is_public_folder(paths):
+        missing = next(name for name in OWN_FILES if name not in paths)
+        raise InputError(f"{weights}: {missing} is missing; it lies beside the others where `weights.py convert` or a "
+                         "training run wrote them")
+    elif not paths and cli.checkpoints(weights):
+        raise InputError(f"{weights}: holds no finished weights, only checkpoints; name one of them, such as "
+                         f"{cli.checkpoints(weights)[0]}")
     else:
         model = load_public_files(weights, paths, config, overrides, t5_decoder, log)
     return place(resize(model, image_size), device, dtype, offload)
+
+
+def write_tensors(tensors, path, metadata=None):
+    """Writes a .safetensors file, readable to whom other files are; the library would make it the owner's alone."""
+    open(path, "wb").close()
+    mode = os.stat(path).st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:           # a full disk; atomic_file and atomic_folder wait for an OSError
+        raise OSError(str(error)) from None
+    os.chmod(path, mode)
 
 
 def write(mentor, folder, state=None):
@@ -553,16 +665,28 @@ def write(mentor, folder, state=None):
 
     state: tensors to write in place of the model's own, for a model whose parameters are spread over processes.
     """
-    state = {name: tensor.contiguous() for name, tensor in (state or mentor.state_dict()).items()}
-    save_file(state, os.path.join(folder, "model.safetensors"))
-    with open(os.path.join(folder, "config.json"), "w") as file:
+    write_tensors(state or mentor.state_dict(), os.path.join(folder, "model.safetensors"))
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(asdict(mentor.config), file, indent=1)
     if mentor.processor:
-        mentor.processor.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
+            file.write(mentor.processor.tokenizer.to_str(pretty=True))
+
+
+def check_out(folder):
+    """Raises InputError unless a model can be written there: a new or empty folder, or one that `save` wrote."""
+    cli.check_folder(folder, OWN_FILES)
+    if os.path.isdir(folder) and os.listdir(folder):
+        try:
+            read_config(os.path.join(folder, "config.json"))
+        except InputError as error:
+            raise InputError(f"{folder}: is no folder of ours that may be replaced ({str(error):.200}); choose another"
+                             ) from None
 
 
 def save(mentor, folder, state=None):
     """`write` to a folder of its own, which appears whole or not at all, in place of an older model of that name."""
+    check_out(folder)
     with cli.atomic_folder(folder, OWN_FILES) as temporary:
         write(mentor, temporary, state)
 
@@ -570,31 +694,100 @@ def save(mentor, folder, state=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of a training run: out/step-00000500/ is a model folder plus training.safetensors and training.json
 
+@dataclass(frozen=True)
+class Training:
+    """What training.json holds."""
+    step: int
+    settings: dict
+
+
+def checksum(path):
+    """CRC-32 of a file, read in pieces: it finds every flipped bit as fast as a disk reads. -> str"""
+    total = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            total = zlib.crc32(piece, total)
+    return f"{total:08x}"
+
+
+def seal(folder):
+    """Writes checksums.json, {file: checksum} of all that is in the folder; to be called once that is complete."""
+    sums = {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    cli.write_json(os.path.join(folder, "checksums.json"), sums)
+
+
+def check_seal(folder):
+    """Raises InputError unless the files are those that were sealed; older checkpoints have no seal."""
+    path = os.path.join(folder, "checksums.json")
+    if not os.path.lexists(path):
+        return
+    sums = cli.read_json(path, "a checkpoint's checksums")
+    if not isinstance(sums, dict) or not sums.keys() >= {"model.safetensors", "config.json"}:
+        raise InputError(f"{path}: holds no checksums of a checkpoint's files")
+    for name, expected in sums.items():
+        file = os.path.join(folder, os.path.basename(name))
+        cli.check_file(file, "a part of the checkpoint")
+        if checksum(file) != expected:
+            raise InputError(f"{name} is not as it was written, bits of it have changed")
+
+
+def save_checkpoint(mentor, folder, model, tensors, training):
+    """Writes a checkpoint; it appears whole or not at all. model, tensors: {name: tensor} of the model, of the training
+    alone; training: {"step", "settings"}"""
+    with cli.atomic_folder(folder, CHECKPOINT_FILES) as temporary:
+        write(mentor, temporary, model)
+        write_tensors(tensors, os.path.join(temporary, "training.safetensors"))
+        cli.write_json(os.path.join(temporary, "training.json"), training)
+        seal(temporary)
+
+
 def newest_checkpoint(out, t5_decoder=False, log=print):
-    """The newest checkpoint that can be read, else the one before, and so on.
+    """The newest checkpoint that can be read and is as it was written, else the one before, and so on.
 
     -> model, {name: tensor} of the training state, {"step", "settings"}
     """
     for folder in cli.checkpoints(out):
         try:
-            with open(os.path.join(folder, "training.json")) as file:
-                training = json.load(file)
+            check_seal(folder)
+            path = os.path.join(folder, "training.json")
+            training = cli.from_json(Training, cli.read_json(path, "a run's settings"), path, {"step": (0, 2**53)})
             tensors = load_file(os.path.join(folder, "training.safetensors"))
-            return load(folder, t5_decoder=t5_decoder), tensors, training
+            return load(folder, t5_decoder=t5_decoder), tensors, asdict(training)
+        except MemoryError:
+            raise
         except Exception as error:             # truncated files fail in many ways
-            log(f"{folder}: is damaged ({error}); falling back to the checkpoint before it")
+            log(f"{folder}: is damaged ({str(error):.300}); falling back to the checkpoint before it")
     raise InputError(f"{out}: holds no checkpoint to resume from; leave out --resume to start anew")
 
 
+def link(source, target):
+    """Makes `target` another name of a file, in one step; a copy where the file system has no such links."""
+    with cli.atomic_file(target) as temporary:
+        os.remove(temporary)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def publish(folder, out):
-    """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works."""
-    for name in OWN_FILES:
-        with cli.atomic_file(os.path.join(out, name)) as temporary:
-            os.remove(temporary)
-            try:
-                os.link(os.path.join(folder, name), temporary)
-            except OSError:                    # a file system without links
-                shutil.copyfile(os.path.join(folder, name), temporary)
+    """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works.
+
+    Three files cannot be replaced in one step. But all checkpoints of a run share configuration and tokenizer, so these
+    stay and model.safetensors alone is replaced. Where they differ, the old config.json, without which nothing reads
+    out/, goes first and the new one comes last: a kill in between leaves an incomplete model, never a mixed one.
+    """
+    def same(name):
+        return os.path.exists(os.path.join(out, name)) and filecmp.cmp(
+            os.path.join(folder, name), os.path.join(out, name), shallow=False)
+
+    changed = [name for name in ("tokenizer.json", "config.json") if not same(name)]
+    if changed:
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(out, "config.json"))
+        changed = ["tokenizer.json", "config.json"]
+    for name in ("model.safetensors", *changed):
+        link(os.path.join(folder, name), os.path.join(out, name))
 
 
 def fingerprint(vqgan):
@@ -608,16 +801,27 @@ class Codes:
 
     def __init__(self, folder, vqgan, image_size):
         self.path, self.file = os.path.join(folder, "codes.safetensors"), None
+        self.vocabulary = vqgan.config.codes
+        cli.check_file(self.path, "codes, made with `python prepare.py encode`")
         try:
             with safe_open(self.path, "pt") as file:
-                self.keys, metadata = file.get_tensor("keys").numpy(), file.metadata()
+                keys, metadata, tokens = file.get_tensor("keys"), file.metadata(), file.get_slice("tokens")
+                shape, kind = list(tokens.get_shape()), tokens.get_dtype()
             made_for, made_by = int(metadata["image_size"]), metadata["vqgan"]
-        except Exception as error:             # missing, truncated and foreign files fail in many ways
-            raise InputError(f"{self.path}: no codes ({error}); make them with `python prepare.py encode`") from None
+        except Exception as error:             # truncated and foreign files fail in many ways
+            raise InputError(f"{self.path}: no codes ({str(error):.200}); make them with `python prepare.py encode`"
+                             ) from None
         if made_for != image_size:
             raise InputError(f"{self.path}: made for pictures of {made_for} pixels, not {image_size}; encode again")
         if made_by != fingerprint(vqgan):
             raise InputError(f"{self.path}: made with another VQGAN than this model's; encode again")
+        expected = [len(keys), (image_size // vqgan.factor)**2] if keys.dim() == 1 else None
+        if shape != expected or keys.dtype != torch.int64 or not kind.startswith(("I", "U")):
+            raise InputError(f"{self.path}: holds {kind} tokens of shape {shape} for keys of shape {list(keys.shape)}, "
+                             f"{keys.dtype}, not whole numbers of one row for each key; encode again")
+        self.keys = keys.numpy()
+        if (self.keys[1:] <= self.keys[:-1]).any():
+            raise InputError(f"{self.path}: its keys are not in order; encode again")
 
     def __getitem__(self, key):
         """-> (T,) int64"""
@@ -625,7 +829,11 @@ class Codes:
         i = int(np.searchsorted(self.keys, key))
         if i == len(self.keys) or self.keys[i] != key:
             raise InputError(f"{self.path}: no codes of this row, it was damaged then or changed since; encode again")
-        return self.file.get_slice("tokens")[i].long()
+        tokens = self.file.get_slice("tokens")[i].long()                                  # (T,)
+        if tokens.min() < 0 or tokens.max() >= self.vocabulary:
+            raise InputError(f"{self.path}: codes of row {i} lie outside the vocabulary of {self.vocabulary}; encode "
+                             "again")
+        return tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -775,11 +983,16 @@ def main(argv=None):
     parser.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="how the prefix is rotated; default: as trained")
     parser.add_argument("--half", action="store_true", help="fp16 on disk: half the size; still computed in fp32")
     args = parser.parse_args(argv)
-    cli.check_folder(args.out, OWN_FILES)
+    check_out(args.out)
+    source = BUNDLED.get(args.weights, args.weights)
+    if os.path.isdir(source) and os.path.isdir(args.out) and os.path.samefile(source, args.out):
+        raise InputError(f"{args.out}: is where the weights come from; choose another folder to write")
     mentor = load(args.weights, prefix_rope=args.prefix_rope)
     state = mentor.state_dict()
     if args.half:
         state = {name: tensor.half() for name, tensor in state.items()}
+        if large := [name for name, tensor in state.items() if not is_finite(tensor)]:
+            raise InputError(f"{args.weights}: {large[0]} holds numbers that are too large for fp16; leave out --half")
     save(mentor, args.out, state)
     print(f"wrote {args.out} ({sum(p.numel() for p in mentor.parameters()) / 1e6:,.0f} M parameters)")
 

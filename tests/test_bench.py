@@ -83,6 +83,19 @@ def test_every_table_can_be_had_as_json(command, monkeypatch, capsys):
         bench.main([*flags, "--prefix", "8"])
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("decode --device cuda:99", "--device cuda:99 does not work here"), ("train --device teapot", "--device teapot"),
+    ("train --device meta", "--device meta does not work here"), ("vqgan --pixels 100", "give a multiple"),
+    ("decode --batch 0", "argument --batch: must be a whole number from 1 to 65,536, not 0"),
+    (f"decode --batch {2**53 - 1}", "argument --batch: must be"), ("train --prefix 70000", "argument --prefix: must"),
+    ("encode --prefix x", "argument --prefix: must be"), ("vqgan --pixels -16", "argument --pixels: must be"),
+    ("loader --samples 0", "argument --samples: must be"), ("fly", "invalid choice"), ("train --stage 3", "invalid")])
+def test_bad_flags_are_one_sentence_before_anything_is_measured(monkeypatch, flags, said):
+    monkeypatch.setattr(bench, "read_rate", lambda device: pytest.fail("measured first"))
+    with pytest.raises(InputError, match=said):
+        bench.main(flags.split())
+
+
 def test_the_memory_of_the_full_size_is_that_of_the_readme(capsys):
     bench.main(["memory", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()

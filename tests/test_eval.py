@@ -169,14 +169,16 @@ def test_reconstruction_and_cmmd_print_their_numbers(tmp_path, networks, small, 
     values = []
     for other in ("a", "b"):
         evaluation.main(["cmmd", str(tmp_path / "a"), str(tmp_path / other), *networks[:2], "--device", "cpu"])
-        values.append(float(capsys.readouterr().out.split()[1]))
+        said = capsys.readouterr().out
+        values.append(float(said.split()[1]))
+        assert "by CLIP ViT-64 channels/14 at 56 pixels, not comparable with published figures" in said
     assert abs(values[0]) < 1e-3 < values[1]
 
 
 def test_bad_folders_are_one_clear_sentence(tmp_path, networks, small):
     (tmp_path / "empty").mkdir()
     for flags, message in (
-            (["dreambench", "--data", str(tmp_path)], "prompts_and_classes.txt: not readable"),
+            (["dreambench", "--data", str(tmp_path)], "prompts_and_classes.txt: no such file; it should hold Dream"),
             (["dreambench++", "--data", str(tmp_path)], "holds no subjects with pictures"),
             (["reconstruct", "--data", str(tmp_path / "empty")], "no folder with pictures"),
             (["cmmd", str(tmp_path), str(tmp_path), "--clip", str(tmp_path / "empty")], "holds no weights"),
@@ -210,13 +212,26 @@ def test_missing_subjects_and_damaged_results_are_said(tmp_path, networks, small
     flags = ["dreambench", "--weights", small, "--data", folder, *networks, "--samples", "1", "--device", "cpu"]
     flags += ["--out", str(out)]
     evaluation.main(flags)
-    assert "holds no pictures of 1 of DreamBench's subjects (ball)" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("holds no pictures of 1 of DreamBench's subjects (ball)") == 2
+    assert json.loads((out / "summary.json").read_text())["missing_subjects"] == ["ball"]
     assert not list(out.glob(".*"))                            # nothing temporary stays
     whole = (out / "results.jsonl").read_text()
-    for number, damage in ((1, "[]\n"), (1, "5\n"), (3, "{}\n"), (3, "no JSON\n"), (3, "[" * 100_000 + "\n")):
+    row = json.loads(whole.splitlines()[1])
+    wrong = [json.dumps(row | change) + "\n" for change in (
+        {"key": 3}, {"clip_i": None}, {"dino": 7.0}, {"cp": 5}, {"cp_answers": [1]}, {"surprise": 1}, {"seed": True})]
+    for number, damage in ((1, "[]\n"), (1, "5\n"), (3, "{}\n"), (3, "no JSON\n"), (3, "[" * 100_000 + "\n"),
+                           (3, '{"clip_i": NaN}\n'), *((3, line) for line in wrong)):
         (out / "results.jsonl").write_text(whole + damage if number == 3 else damage)
-        with pytest.raises(InputError, match=f"results.jsonl: line {number} is not one that eval.py wrote"):
+        with pytest.raises(InputError, match=f"results.jsonl: line {number}"):
             evaluation.main(flags)
+    # torn by a kill, another process wrote on behind it; and zeros, as a crash leaves them
+    first, second = whole.splitlines(keepends=True)
+    pictures = sorted(out.glob("*-*.png"))
+    (out / "results.jsonl").write_text(first + second[:30] + second + "\0" * 40 + "\n")
+    evaluation.main(flags)
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 4 and json.loads(lines[3]) == pytest.approx(json.loads(second), abs=1e-4)
+    assert sorted(out.glob("*-*.png")) == pictures
 
 
 def test_two_processes_reconstruct_what_one_does(tmp_path, small):

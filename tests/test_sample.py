@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -102,7 +103,12 @@ def test_the_prompt_follows_the_template_of_its_task(tmp_path, args, prompt):
     (["--prompt", "x", "--top-p", "1.1"], "top-p is 1.1"),
     (["--prompt", "x", "--temperature", "-1"], "temperature is -1"),
     (["--prompt", "x", "--cfg", "nan"], "guidance scale is nan"),
-    (["--prompt", "x", "--n", "0"], "argument --n: must be a whole number above 0, not 0"),
+    (["--prompt", "x", "--n", "0"], "argument --n: must be a whole number from 1 to 1000, not 0"),
+    (["--prompt", "x", "--n", str(2**53)], "argument --n: must be a whole number from 1 to 1000"),
+    (["--prompt", "x", "--size", "-16"], "argument --size: must be a whole number above 0, not -16"),
+    (["--prompt", "x", "--ref", DOG, "--task", "segment"], "--prompt would have no effect here"),
+    (["--ref", DOG, "--subject", "cat", "--task", "reconstruct"], "--subject would have no effect here"),
+    (["--ref", DOG, "--subject", "cat", "--prompt", "a <image>"], "--subject would have no effect here"),
     (["--prompt", "x", "--seed", "-1"], "argument --seed: must be a whole number, 0 or above, not -1"),
     (["--prompt", "x", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     (["--prompt", "x", "--size", "512"], "up to 256 pixels"),
@@ -126,6 +132,74 @@ def test_an_output_that_cannot_be_written_is_found_before_the_model_is_read(tmp_
     monkeypatch.setattr(sample.weights, "load", lambda *a, **k: pytest.fail("read the model first"))
     with pytest.raises(cli.InputError, match="cannot be written"):
         draw("--prompt", "x", "--out", tmp_path / "file" / "x.png")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.JPEG", "folder/x.webp", "x.png.tiff", "x.gif"])
+def test_other_formats_are_refused(tmp_path, name):
+    with pytest.raises(cli.InputError, match="pictures are written as PNG"):
+        draw("--prompt", "x", "--out", tmp_path / name)
+    assert not os.listdir(tmp_path)
+
+
+def test_in_a_folder_nothing_is_ever_replaced_and_names_keep_the_letters_of_all_scripts(tmp_path):
+    def names(prompt, seeds=(0,)):
+        found, path = sample.out_names(str(tmp_path), prompt, seeds)
+        for name in {*found, path}:
+            assert not os.path.exists(name)
+            pathlib.Path(name).touch()
+        return [os.path.relpath(name, tmp_path) for name in (*found, path)]
+
+    assert names("The dog in <image>.\na Dog, in the snow!") == ["a-dog-in-the-snow.png"] * 2
+    assert names("a dog in the snow", (7,)) == ["a-dog-in-the-snow_2.png"] * 2
+    assert names("a dog in the snow", (7, 8)) == [
+        "a-dog-in-the-snow_3-7.png", "a-dog-in-the-snow_3-8.png", "a-dog-in-the-snow_3.png"]
+    for prompt, name in (("собака в снегу", "собака-в-снегу"), ("雪の中の犬", "雪の中の犬"),
+                         ("बर्फ में कुत्ता", "बर्फ-में-कुत्ता"),
+                         ("Cafe\u0301 Straße", "café-strasse"), ("../../etc/passwd", "etc-passwd"), ("\0", "picture"),
+                         (".hidden", "hidden"), ("😀", "picture_2"), ("<image>", "picture_3"), ("-rf", "rf")):
+        assert names(prompt)[0] == f"{name}.png"
+    for prompt in ("word " * 100, "雪" * 300, "ё" * 300):
+        assert len(names(prompt)[0].encode()) < 140            # a file system takes 255, a temporary name is longer
+    mine = str(tmp_path / "mine.png")
+    pathlib.Path(mine).touch()
+    assert sample.out_names(mine, "x", (1,)) == ([mine], mine)
+
+
+def test_the_same_command_twice_keeps_both_pictures_and_a_name_given_is_taken(tmp_path, capsys):
+    for seed in (0, 1, 1):
+        draw("--prompt", "雪", "--size", 64, "--seed", seed, "--out", tmp_path / "folder")
+        draw("--prompt", "x", "--size", 64, "--seed", seed, "--out", tmp_path / "mine.png")
+    assert sorted(os.listdir(tmp_path / "folder")) == ["雪.png", "雪_2.png", "雪_3.png"]
+    assert json.loads(Image.open(tmp_path / "mine.png").info["mentor"])["seed"] == 1
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path}/folder/雪_3.png" in said and said.count("size: below the weights' own 256 pixels") == 6
+
+
+@pytest.mark.parametrize("environment", [
+    {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "cp1252"}], ids=lambda environment: ",".join(environment.values()))
+def test_no_encoding_loses_a_picture(tmp_path, environment):
+    """A reference, a folder and a prompt whose bytes are no text of the terminal."""
+    folder = os.fsencode(tmp_path) + b"/f\xff\xc3\xa9"
+    os.mkdir(folder)
+    shutil.copy(DOG, folder + b"/d\xffog.jpg")
+    command = [sys.executable, "sample.py", *RANDOM, "--size", "64", "--ref", folder + b"/d\xffog.jpg", "--prompt",
+               "hütte 雪".encode() + b" \xff", "--out", folder]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stderr.decode(errors="replace")
+    picture, = (name for name in os.listdir(folder) if name.endswith(b".png"))
+    settings = json.loads(Image.open(folder + b"/" + picture).info["mentor"])
+    assert settings["prompt"].endswith("hütte 雪 �")
+    assert os.fsencode(settings["refs"][0]) == folder + b"/d\xffog.jpg"
+
+
+def test_too_little_memory_is_one_sentence_that_says_what_helps(tmp_path, monkeypatch):
+    def sampling(self, *args, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(sample.model.Mentor, "sample", sampling)
+    with pytest.raises(cli.InputError, match="out of memory .*try --offload, --dtype bf16, or a smaller --n or --size"):
+        draw("--prompt", "x", "--out", tmp_path)
 
 
 @pytest.mark.full

@@ -1,4 +1,6 @@
 import http.server
+import os
+import shutil
 import threading
 from contextlib import contextmanager
 
@@ -10,7 +12,7 @@ from PIL import Image
 import scorers
 import weights
 from cli import InputError
-from encoder import CLIP_NAMES
+from encoder import CLIP_NAMES, VisionConfig
 from scorers import CLIP_TEXT_NAMES, DINO_NAMES, Clip, Dino
 
 WHITE = Image.new("RGB", (32, 32), "white")
@@ -101,6 +103,33 @@ def test_files_that_are_not_the_networks_are_one_clear_sentence(networks, tmp_pa
         scorers.Scorer(networks[1], str(tmp_path / "nowhere"), "cpu")
 
 
+def test_files_of_a_network_are_regular_files_and_odd_pickles_are_refused(networks, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(networks[1], folder)
+    (folder / "vocab.json").unlink()
+    os.mkfifo(folder / "vocab.json")
+    with pytest.raises(InputError, match="vocab.json: is a pipe or a device"):
+        scorers.Scorer(str(folder), None, "cpu", use_dino=False)
+    for content in ([1], {1: torch.ones(2)}, {"model": [1]}, {"model": {"model": 3}}, torch.ones(2)):
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(InputError, match="pytorch_model.bin: holds no tensors"):
+            scorers.Scorer(str(folder), None, "cpu", use_dino=False)
+    clip = torch.load(f"{networks[1]}/pytorch_model.bin")
+    torch.save(clip | {3: torch.ones(1), "visual_projection.weight": torch.ones(2, 2, dtype=torch.int8)},
+               folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pytorch_model.bin: "):
+        scorers.Scorer(str(folder), None, "cpu", use_dino=False)
+
+
+def test_clip_is_called_by_its_published_name():
+    def tower(width, patch_size, image_size):
+        return VisionConfig(width=width, patch_size=patch_size, image_size=image_size)
+
+    assert scorers.published_name(tower(1024, 14, 336)) == ("ViT-L/14 at 336 pixels", True)
+    assert scorers.published_name(tower(1024, 14, 224)) == ("ViT-L/14 at 224 pixels", False)
+    assert scorers.published_name(tower(768, 32, 224)) == ("ViT-B/32 at 224 pixels", False)
+
+
 def test_the_distance_of_colours_is_0_for_equal_images_and_known_for_grey_ones():
     targets = torch.zeros(6, 3, 8, 8)
     close(scorers.color_distance(targets + 0.2, targets), torch.full((6,), 0.1 * 3**0.5), 1e-6)
@@ -134,7 +163,7 @@ def test_answers_without_a_score_are_asked_again_and_given_up_in_the_end(endpoin
 
 def test_busy_broken_and_slow_servers_are_asked_again(endpoint):
     assert ask(endpoint, 429, 503, "Score: 4")[0] == 4
-    assert ask(endpoint, 200, {"error": "odd"}, "Score: 0")[0] == 0
+    assert ask(endpoint, "Hm.", 200, {"error": "odd"}, "Score: 0")[0] == 0           # one that has answered before
     assert ask(endpoint, "slow", "Score: 2", timeout=0.3)[0] == 2
 
 
@@ -143,9 +172,24 @@ def test_no_answer_and_a_refused_question_are_one_clear_sentence(endpoint):
         ask(endpoint, 500)
     with pytest.raises(InputError, match="refused the question .HTTP 401.*OPENAI_API_KEY"):
         ask(endpoint, 401)
+    with pytest.raises(InputError, match="no answer in 4 tries .*not a chat completion"):
+        judge = scorers.VisionJudge(endpoint.url, "eyes", tries=4, wait=0.01)
+        endpoint.script[:] = ["Score: 1", 200]
+        assert judge.score("pf", [WHITE], "dog", "a dog")[0] == 1
+        judge.score("pf", [WHITE], "dog", "a dog")
     endpoint.server_close()
-    with pytest.raises(InputError, match="no answer in 4 tries .*refused"):
+    with pytest.raises(InputError, match="no answer of a judge .*refused.; check --judge-url"):
         ask(endpoint, "Score: 1")
+
+
+def test_an_address_where_no_judge_ever_answered_is_given_up_at_the_first_try(endpoint):
+    for answer in (200, {"error": "odd"}, {"choices": []}, [1]):
+        endpoint.seen.clear()
+        with pytest.raises(InputError, match="no answer of a judge .an answer that is not a chat completion"):
+            ask(endpoint, answer, tries=5, wait=60)
+        assert len(endpoint.seen) == 1
+    with pytest.raises(InputError, match="no answer of a judge .*; check --judge-url"):
+        scorers.VisionJudge("http://no-such-host.invalid/v1", "eyes", wait=60).score("pf", [WHITE], "dog", "a dog")
 
 
 @contextmanager
@@ -218,7 +262,7 @@ def test_a_query_in_the_url_stays_behind_the_path(endpoint):
 
 
 def test_of_a_very_long_or_deeply_nested_answer_little_is_read(endpoint):
-    with pytest.raises(InputError, match="no answer in 4 tries .an answer of more than 4 MiB"):
+    with pytest.raises(InputError, match="no answer of a judge .an answer of more than 4 MiB"):
         ask(endpoint, "Score: 4" + " " * (5 << 20))
     with raw_server(200, {}, b"[" * 100_000) as (url, _), pytest.raises(InputError, match="not a chat completion"):
         scorers.VisionJudge(url, "eyes", tries=2, wait=0.01).score("pf", [WHITE], "dog", "a dog")

@@ -6,11 +6,16 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
+import socket
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+import time
+from contextlib import suppress
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, close, material
@@ -21,7 +26,7 @@ import data
 import weights
 from cli import InputError
 from encoder import CLIP_NAMES
-from model import Mentor, MentorConfig
+from model import SIZES, Mentor, MentorConfig, Sampling
 from scorers import CLIP_TEXT_NAMES, Clip, TextConfig
 from weights import byte_tokenizer
 
@@ -143,7 +148,7 @@ def test_a_saved_folder_loads_as_it_was_and_replaces_an_older_one(tmp_path):
 def test_conversion_writes_a_folder_that_holds_the_same_model(tmp_path, monkeypatch, capsys):
     model = random_model()
     folder = write_folder(tmp_path / "public", model, ["mentor", "vqgan"])
-    monkeypatch.setattr(weights, "public_config", lambda files: TINY)
+    monkeypatch.setattr(weights, "public_config", lambda *args: TINY)
     weights.main(["convert", folder, str(tmp_path / "out")])
     assert same(model, weights.load(tmp_path / "out")) and "wrote" in capsys.readouterr().out
     weights.main(["convert", folder, str(tmp_path / "half"), "--half"])
@@ -172,6 +177,19 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path):
     assert same(random_model(), weights.load(tmp_path / "f")) and (tmp_path / "f" / "notes.txt").exists()
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "teapot", ""])
+def test_a_device_that_is_not_there_is_one_sentence_from_python_too(device):
+    with pytest.raises(InputError, match=f"--device {device} does not work here"):
+        weights.load("random", device=device)
+
+
+@pytest.mark.parametrize("seeds", [[], [-1], [2**63], [0, -1], range(0)])
+def test_seeds_that_cannot_be_drawn_with_are_refused_from_python_too(seeds):
+    model = random_model()
+    with pytest.raises(ValueError, match="seeds for 1 prompts; give as many, or a multiple, all 0 or above"):
+        model.sample(data.collate([model.processor("a cat")]), seeds)
+
+
 def test_random_weights_are_the_same_every_time_and_of_the_size_asked_for():
     assert same(weights.load("random"), weights.load("random-toy"))
     state = torch.get_rng_state()
@@ -194,11 +212,28 @@ def test_the_published_size_is_recognised_from_the_files():
         state = {"tok_embeddings.weight": torch.empty(16384, 1280),
                  "cls_embedding.uncond_embedding": torch.empty(120, 2048),
                  **{f"layers.{i}.attention_norm.weight": torch.empty(1280) for i in range(36)}}
-    config = weights.public_config({"decoder": ("folder/t2i_XL_stage1_256.pt", state)})
+    config = weights.public_config("folder", {"decoder": ("folder/t2i_XL_stage1_256.pt", state)})
     assert (config.decoder.layers, config.prefix_tokens, config.image_size) == (36, 120, 256)
     assert config.decoder.prefix_rope == "zero"                # LlamaGen's own weights were trained so
-    config = weights.public_config({"decoder": ("folder/generator_ckpt.pt", state)})
+    config = weights.public_config("folder", {"decoder": ("folder/generator_ckpt.pt", state)})
     assert (config.image_size, config.decoder.prefix_rope) == (512, "identity")
+
+
+@pytest.mark.parametrize("rows, kind, rope, sampling", [
+    (120, "decoder", "zero", Sampling()), (512, "decoder", "identity", Sampling()),
+    (120, "mentor", "identity", Sampling(2.5, 0.9, 5000, 1.0)), (512, "mentor", "identity", weights.DEMO)])
+def test_rotation_and_sampling_come_with_the_tensors_whatever_the_file_is_called(rows, kind, rope, sampling):
+    with torch.device("meta"):
+        state = {"tok_embeddings.weight": torch.empty(16384, 1280),
+                 "cls_embedding.uncond_embedding": torch.empty(rows, 2048),
+                 **{f"layers.{i}.attention_norm.weight": torch.empty(1280) for i in range(36)}}
+    news = []
+    config = weights.public_config("folder", {kind: ("folder/renamed.pt", state)}, news.append)
+    assert (config.decoder.prefix_rope, config.prefix_tokens, config.sampling) == (rope, rows, sampling)
+    if kind == "decoder":
+        assert len(news) == 1 and rope in news[0] and "--prefix-rope" in news[0]
+    else:
+        assert not news
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,6 +375,14 @@ def test_folders_that_hold_too_little_or_too_much_say_so(tmp_path):
     os.remove(tmp_path / "f" / "tokenizer.json")
     with pytest.raises(InputError, match="tokenizer.json is missing"):
         weights.load(tmp_path / "f")
+    for name in ("model.safetensors", "config.json"):
+        weights.save(random_model(), tmp_path / name / "f")
+        os.remove(tmp_path / name / "f" / name)
+        with pytest.raises(InputError, match=f"{name} is missing; it lies beside"):
+            weights.load(tmp_path / name / "f")
+    (tmp_path / "run" / "step-00000007").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds no finished weights, only checkpoints; .*step-00000007"):
+        weights.load(tmp_path / "run")
 
 
 def test_a_folder_with_a_damaged_configuration_is_named(tmp_path):
@@ -350,8 +393,377 @@ def test_a_folder_with_a_damaged_configuration_is_named(tmp_path):
             weights.load(tmp_path / "f")
 
 
+def changed(config, field, value):
+    """The configuration as JSON has it, with another value at "decoder.heads" or the like."""
+    values = json.loads(json.dumps(asdict(config)))
+    *path, name = field.split(".")
+    inner = values
+    for part in path:
+        inner = inner[part]
+    inner[name] = value
+    return values
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("decoder.prefix_rope", "sideways", "must be one of grid, identity, zero"),
+    ("decoder.prefix_rope", ["zero"], "must be a text"),
+    ("connector", "new", "must be one of paper, released"),
+    ("untrained", 1, "must be a list"), ("untrained", [1], "must be a text"),
+    ("untrained", ["encoder.nose"], "must be one of"), ("untrained", "decoder", "must be a list"),
+    ("decoder.heads", 3, "decoder.width must be a multiple of 4 x decoder.heads"),
+    ("decoder.heads", 32, "decoder.width must be a multiple of 4 x decoder.heads"),
+    ("vision.heads", 5, "vision.heads must divide"), ("vision.patch_size", 15, "vision.patch_size must divide"),
+    ("decoder.layers", 0, "must be a whole number from 1 to"), ("decoder.layers", 2.0, "must be a whole number"),
+    ("decoder.layers", True, "must be a whole number"), ("decoder.layers", "2", "must be a whole number"),
+    ("decoder.layers", None, "must be a whole number"), ("decoder.layers", 10**30, "from 1 to 1024"),
+    ("decoder.dropout", -0.5, "must be a number from 0 to 0.99"), ("decoder.rope_base", 0, "must be a number from"),
+    ("decoder.codes", 65, "decoder.codes must equal vqgan.codes"), ("t5", None, "t5 is None but must be an object"),
+    ("t5.vocab_size", 100, "image_id must be less"), ("t5.buckets", 30, "t5.buckets must be a multiple of 4"),
+    ("t5.max_distance", 16, "t5.max_distance more than half"), ("vqgan.multipliers", [], "must be 1 to 8 numbers"),
+    ("vqgan.multipliers", [1, "2"], "must be a whole number"), ("vqgan.multipliers", {}, "must be a list"),
+    ("vqgan.channels", 18, "vqgan.channels must be a multiple"), ("image_size", 25, "image_size must be a multiple"),
+    ("image_size", -24, "must be a whole number from 8"), ("prefix_tokens", 0, "from 1 to"),
+    ("sampling.top_k", 65, "sampling.top_k must be at most"), ("sampling.top_p", 0, "must be a number from"),
+    ("sampling.temperature", -1, "must be a number from 0"), ("sampling.surprise", 1, "holds sampling.surprise"),
+    ("decoder", [1], "decoder is .1. but must be an object"), ("surprise", 1, "holds surprise")])
+def test_a_wrong_field_of_a_configuration_is_one_sentence(tmp_path, field, value, said):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(changed(TINY, field, value)))
+    with pytest.raises(InputError, match=f"config.json: .*{said}") as error:
+        weights.read_config(str(path))
+    assert len(str(error.value)) < 400
+
+
+def test_every_configuration_there_is_passes_the_check(tmp_path):
+    toy = replace(SIZES["toy"], image_id=259)  # as random_model sets it
+    for config in (TINY, toy, *list(SIZES.values())[1:], replace(TINY, untrained=("encoder.connector",))):
+        (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+        assert weights.read_config(str(tmp_path / "config.json")) == config
+    assert weights.read_config(str(ROOT / "assets" / "tiny" / "config.json")).untrained == ()
+
+
+def test_a_lacking_field_is_named(tmp_path):
+    for path in ("decoder", "decoder.prefix_rope", "sampling.top_k"):
+        values = changed(TINY, path, 0)
+        *parts, name = path.split(".")
+        inner = values
+        for part in parts:
+            inner = inner[part]
+        del inner[name]
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match=f"config.json: lacks {path}"):
+            weights.read_config(str(tmp_path / "config.json"))
+
+
+def test_any_value_in_any_field_gives_a_configuration_that_builds_or_one_sentence(tmp_path):
+    """Fuzzed: one or two fields of the small configuration take values of every kind."""
+    generator = np.random.default_rng(0)
+    values = [0, 1, -1, 2, 3, 7, 48, 64, 1e9, 10**9, 0.5, -0.0, True, None, "", "zero", "x" * 1000, [], [1], [[1]], {},
+              {"a": 1}, 1e308, "\ud800"]
+    fields = ["connector", "prefix_tokens", "image_size", "image_id", "untrained"]
+    for part in ("vision", "t5", "decoder", "vqgan", "sampling"):
+        fields += [part, *(f"{part}.{name}" for name in asdict(TINY)[part])]
+    path, built = tmp_path / "config.json", 0
+    for _ in range(300):
+        content = changed(TINY, fields[generator.integers(len(fields))], values[generator.integers(len(values))])
+        if generator.random() < 0.3 and isinstance(content["decoder"], dict):
+            content["decoder"]["layers"] = values[generator.integers(len(values))]
+        path.write_text(json.dumps(content))
+        try:
+            config = weights.read_config(str(path))
+        except InputError as error:
+            assert str(error).startswith(str(path)) and len(str(error)) < 500
+            continue
+        with torch.device("meta"):
+            Mentor(config)
+        built += 1
+    assert 10 < built < 200
+
+
+FOREIGN = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n": "is a git-LFS pointer",
+    b"<!DOCTYPE html><html>": "is a web page", b"\n <HTML>": "is a web page", b"": "is empty", b"\0" * 600: "but zeros",
+    b'{"error":"Repository not found"}': "server's error message", b"\x1f\x8b\x08": "is gzipped",
+    b"\x89PNG\r\n": "is a picture", b"PAR1abc": "is a Parquet table"}
+
+
+@pytest.mark.parametrize("name", ["stage2.pt", "model.safetensors", "x.bin", "t5.index.json", "config.json",
+                                  "tokenizer.json"])
+@pytest.mark.parametrize("content", FOREIGN, ids=lambda content: content[:9].decode("latin-1").strip())
+def test_what_lies_in_place_of_a_file_is_called_what_it_is(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    read = {"config.json": weights.read_config, "tokenizer.json": weights.load_tokenizer}
+    if content.startswith(b"{") and name in ("config.json", "t5.index.json"):
+        pytest.skip("is JSON, whose fields are then found to be others")
+    with pytest.raises(InputError, match=FOREIGN[content]) as error:
+        read.get(name, weights.read_tensors)(str(path))
+    assert name in str(error.value) and "pickle" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["stage2.pt", "model.safetensors", "t5.index.json", "config.json", "tokenizer.json",
+                                  "codes.safetensors"])
+@pytest.mark.parametrize("kind, said", [("fifo", "a pipe or a device"), ("folder", "is a folder"),
+                                        ("link", "a link to a file that is gone"), ("device", "a pipe or a device")])
+def test_only_regular_files_are_opened(tmp_path, name, kind, said):
+    path = tmp_path / name
+    {"fifo": os.mkfifo, "folder": os.mkdir, "link": lambda p: os.symlink("gone", p),
+     "device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
+    read = {"config.json": weights.read_config, "tokenizer.json": weights.load_tokenizer,
+            "codes.safetensors": lambda p: weights.Codes(os.path.dirname(p), random_model().vqgan, 24)}
+    with pytest.raises(InputError, match=said):
+        read.get(name, weights.read_tensors)(str(path))
+
+
+@pytest.mark.parametrize("content", [
+    [1], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 1}},
+    {"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}}, {"weight_map": {"a": "x.txt"}}])
+def test_an_index_names_files_beside_it(tmp_path, content):
+    (tmp_path / "t5.index.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="t5.index.json: "):
+        weights.read_tensors(tmp_path / "t5.index.json")
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda t: t.to(torch.int8), "holds torch.int8"), (lambda t: t > 0, "holds torch.bool"),
+    (lambda t: t.to(torch.complex64), "holds torch.complex64"), (lambda t: t.to(torch.int64), "holds torch.int64"),
+    (lambda t: t.fill_(torch.nan), "not finite"), (lambda t: torch.where(t == t.max(), torch.inf, t), "not finite"),
+    (lambda t: torch.where(t == t.max(), -torch.inf, t).half(), "not finite"), (lambda t: t.to("meta"), "or is sparse"),
+    (lambda t: t.to_sparse(), "or is sparse"), (lambda t: t * torch.tensor(1e39).double(), "")])
+def test_weights_that_are_no_finite_floats_are_refused_by_name(tmp_path, make, said):
+    model, name = random_model(), "decoder.layers.1.attention.wqkv.weight"
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    name = next(key for key in tensors if key.startswith("decoder.layers.1") and tensors[key].dim() == 2)
+    tensors[name] = make(tensors[name])
+    with torch.device("meta"):
+        empty = Mentor(TINY)
+    if said:
+        with pytest.raises(InputError, match=f"file: does not fit this model: {name} .*{said}"):
+            weights.fill_in(empty, tensors, {key: key for key in tensors}, "file")
+
+
+def test_large_numbers_whose_sum_is_not_finite_are_finite():
+    assert weights.is_finite(torch.full((1000,), 3e38)) and not weights.is_finite(torch.tensor([torch.inf, -torch.inf]))
+
+
+def test_a_saved_file_is_read_by_whom_other_files_are(tmp_path):
+    before = os.umask(0o027)
+    try:
+        weights.save(random_model(), tmp_path / "f")
+    finally:
+        os.umask(before)
+    assert {name: os.stat(tmp_path / "f" / name).st_mode & 0o777 for name in os.listdir(tmp_path / "f")} == \
+        dict.fromkeys(weights.OWN_FILES, 0o640)
+
+
+def test_numbers_too_large_for_fp16_are_said_at_conversion(tmp_path):
+    model = random_model()
+    model.decoder.norm.weight[3] = 1e6
+    weights.save(model, tmp_path / "f")
+    with pytest.raises(InputError, match="decoder.norm.weight holds numbers that are too large for fp16"):
+        weights.main(["convert", str(tmp_path / "f"), str(tmp_path / "half"), "--half"])
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("room", [0, 2000, 100_000])
+def test_a_full_disk_is_one_sentence_and_leaves_the_older_model(tmp_path, room):
+    weights.save(random_model(0), tmp_path / "f")
+    weights.save(random_model(1), tmp_path / "g")
+    code = (f"import resource, sys, cli, weights; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
+            f"sys.argv = ['weights.py', 'convert', {str(tmp_path / 'g')!r}, {str(tmp_path / 'f')!r}]; "
+            "cli.run(weights.main)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "cannot be written" in result.stderr
+    assert same(random_model(0), weights.load(tmp_path / "f")) and sorted(os.listdir(tmp_path)) == ["f", "g"]
+
+
+def test_conversion_replaces_only_a_folder_of_ours_and_not_its_source(tmp_path):
+    weights.save(random_model(), tmp_path / "f")
+    for out in (tmp_path / "f", tmp_path / "f" / ".", str(tmp_path / "f") + "/"):
+        with pytest.raises(InputError, match="is where the weights come from"):
+            weights.main(["convert", str(tmp_path / "f"), str(out)])
+    os.symlink(tmp_path / "f", tmp_path / "link")
+    with pytest.raises(InputError, match="is where the weights come from"):
+        weights.main(["convert", str(tmp_path / "f"), str(tmp_path / "link")])
+    assert same(random_model(), weights.load(tmp_path / "f"))
+    # another program's model, in files of the same names
+    other = tmp_path / "other"
+    for content in ('{"model_type": "clip"}', "{}", "[", None):
+        shutil.rmtree(other, ignore_errors=True)
+        other.mkdir()
+        (other / "model.safetensors").write_text("precious")
+        if content:
+            (other / "config.json").write_text(content)
+        with pytest.raises(InputError, match="other: is no folder of ours that may be replaced"):
+            weights.main(["convert", str(tmp_path / "f"), str(other)])
+        assert (other / "model.safetensors").read_text() == "precious"
+    for neighbour in ("new.old", "new.part"):
+        (tmp_path / neighbour).mkdir()
+    weights.main(["convert", str(tmp_path / "f"), str(tmp_path / "new")])
+    weights.main(["convert", str(tmp_path / "f"), str(tmp_path / "new")])                # ours: replaced
+    assert sorted(os.listdir(tmp_path)) == ["f", "link", "new", "new.old", "new.part", "other"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def write_checkpoint(out, step, model, sealed=True):
+    """As train.py does."""
+    folder = out / f"step-{step:08}"
+    folder.mkdir(parents=True)
+    weights.write(model, folder)
+    weights.write_tensors({"exp_avg:x": torch.ones(3)}, folder / "training.safetensors")
+    (folder / "training.json").write_text(json.dumps({"step": step, "settings": {"lr": 1}}))
+    if sealed:
+        weights.seal(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in weights.CHECKPOINT_FILES])
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_the_older_one_taken(tmp_path, name):
+    old, new = random_model(0), random_model(1)
+    write_checkpoint(tmp_path, 5, old)
+    path = write_checkpoint(tmp_path, 9, new) / name
+    assert same(new, weights.newest_checkpoint(tmp_path)[0])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    news = []
+    model, tensors, training = weights.newest_checkpoint(tmp_path, log=news.append)
+    assert same(old, model) and training == {"step": 5, "settings": {"lr": 1}} and list(tensors) == ["exp_avg:x"]
+    assert len(news) == 1 and "step-00000009: is damaged" in news[0] and "falling back" in news[0]
+
+
+def test_a_checkpoint_without_a_seal_is_taken_and_a_damaged_setting_is_not(tmp_path):
+    write_checkpoint(tmp_path, 5, random_model(0), sealed=False)
+    assert weights.newest_checkpoint(tmp_path)[2]["step"] == 5
+    for content in ("[]", '{"step": -1, "settings": {}}', '{"step": 5}', '{"step": 5, "settings": []}', "{" * 10**5):
+        (tmp_path / "step-00000005" / "training.json").write_text(content)
+        with pytest.raises(InputError, match="holds no checkpoint"):
+            weights.newest_checkpoint(tmp_path, log=lambda line: None)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("same_run", [True, False])
+def test_wherever_publishing_is_killed_out_holds_one_model_or_none(tmp_path, monkeypatch, same_run):
+    """Every call that changes the folder is in turn the last one."""
+    old = random_model(0)
+    torch.manual_seed(1)
+    new = Mentor(TINY if same_run else replace(TINY, sampling=replace(TINY.sampling, top_k=5)), byte_tokenizer()).eval()
+    folders = [write_checkpoint(tmp_path / "run", step, model) for step, model in ((1, old), (2, new))]
+    for calls in range(100):
+        out = tmp_path / f"out{calls}"
+        out.mkdir()
+        weights.publish(folders[0], out)
+        left = [calls]
+
+        def dying(call):
+            def wrapped(*args, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return call(*args, **options)
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "remove", "link"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            with suppress(Killed):
+                weights.publish(folders[1], out)
+        if (out / "config.json").exists():
+            loaded = weights.load(out)
+            assert any(same(model, loaded) and loaded.config == model.config for model in (old, new))
+        else:
+            assert not same_run
+        weights.publish(folders[1], out)
+        assert same(new, weights.load(out)) and weights.load(out).config == new.config
+        if left[0] > 0:
+            break
+    assert 2 < calls < 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codes
+
+@pytest.mark.parametrize("change, said", [
+    ({"tokens": torch.full((2, 36), 64, dtype=torch.int32)}, "codes of row 0 lie outside the vocabulary of 64"),
+    ({"tokens": torch.full((2, 36), -1, dtype=torch.int32)}, "codes of row 0 lie outside"),
+    ({"tokens": torch.zeros(2, 35, dtype=torch.int32)}, "holds I32 tokens of shape .2, 35."),
+    ({"tokens": torch.zeros(3, 36, dtype=torch.int32)}, "holds I32 tokens of shape .3, 36."),
+    ({"tokens": torch.zeros(72, dtype=torch.int32)}, "tokens of shape .72."),
+    ({"tokens": torch.zeros(2, 36)}, "holds F32"), ({"keys": None}, "no codes"), ({"tokens": None}, "no codes"),
+    ({"keys": torch.zeros(2)}, "torch.float32"), ({"keys": torch.tensor(3)}, "for keys of shape ..,"),
+    ({"keys": torch.tensor([7, 3])}, "keys are not in order"),
+    ({"size": "x"}, "no codes"), ({"size": "48"}, "made for pictures of 48"), ({"vqgan": "x"}, "another VQGAN")])
+def test_wrong_codes_are_one_sentence(tmp_path, change, said):
+    vqgan = random_model().vqgan
+    content = {"keys": torch.tensor([3, 7]), "tokens": torch.arange(72, dtype=torch.int32).view(2, 36) % 64} | change
+    metadata = {"image_size": content.pop("size", "24"), "vqgan": content.pop("vqgan", weights.fingerprint(vqgan))}
+    tensors = {name: tensor for name, tensor in content.items() if tensor is not None}
+    weights.write_tensors(tensors, tmp_path / "codes.safetensors", metadata)
+    with pytest.raises(InputError, match=f"codes.safetensors: .*{said}"):
+        weights.Codes(tmp_path, vqgan, 24)[3]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Download
+
+@pytest.mark.parametrize("name, said", [
+    ("out/typo", "no such folder"), ("./typo", "no such folder"), ("../typo", "no such folder"), ("~/typo", "no such"),
+    ("/nowhere/typo", "no such folder"), ("tests/typo", "no such folder"), ("assets/tinny", "no such folder"),
+    ("mentro", "no such folder"), ("a b/c", "no such folder"), ("", "no such folder"), ("README.md", "is no folder"),
+    ("a--b/c", "is no name of a hub repository"), ("a/b..c", "is no name of a hub repository"),
+    ("a/" + "x" * 120, "is no name of a hub repository"), ("someone/b.git", "is no name of a hub repository")])
+def test_a_slip_in_a_path_is_answered_at_once(monkeypatch, name, said):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *args: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match=said):
+        weights.load(name)
+
+
+@pytest.mark.parametrize("status, code, said", [
+    (404, "RepoNotFound", "no such repository, or a private one"), (404, "EntryNotFound", "has no such file"),
+    (404, None, "has no such file"), (401, None, "no such repository, or a private one"),
+    (403, "GatedRepo", "accept the terms"), (403, None, "accept the terms"),
+    (500, None, "answers with an error .HTTP 500")])
+def test_what_the_hub_says_is_told_apart_from_a_broken_connection(monkeypatch, tmp_path, status, code, said):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a/b/resolve/main/config.json"
+        monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda *args: url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with pytest.raises(InputError, match=f"a/b/config.json: .*{said}"):
+            weights.download("a/b", "config.json")
+        server.shutdown()
+    assert len(asked) == 1                     # nothing is tried again
+
+
+def test_a_broken_connection_is_said_within_seconds(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/a/b/resolve/main/config.json"
+    monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda *args: url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="a/b/config.json: the download failed .*check the connection"):
+        weights.download("a/b", "config.json")
+    assert time.monotonic() - begun < 10
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as the hub does for the files of one folder; `damage` flips a byte of what it sends."""
@@ -385,7 +797,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("files, damage, message", [
-    ("repo", False, ""), ("repo", True, "the download was damaged"), ("nothing", False, "the download failed")])
+    ("repo", False, ""), ("repo", True, "the download was damaged"), ("nothing", False, "has no such file")])
 def test_a_hub_repository_is_downloaded_checked_and_loaded_or_the_failure_named(tmp_path, files, damage, message):
     weights.save(random_model(), tmp_path / "repo")
     handler = type("Handler", (Hub,), {"folder": tmp_path / files, "damage": damage})
