@@ -4,23 +4,32 @@ processes and signals, the log of a run, opening images and making sheets of the
 Nothing here is about MENTOR; a reader of the network can skip it. Next: `data.py`, where the images come in.
 """
 import argparse
+import glob
+import hashlib
 import json
 import math
 import os
+import platform
 import re
+import reprlib
 import secrets
 import shutil
 import signal
+import stat
 import sys
 import textwrap
+import typing
+import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
+from types import UnionType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -45,7 +54,8 @@ def first_to_report():
     return True
 
 
-OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|calculation overflowed",
+                           re.IGNORECASE)
 
 
 @contextmanager
@@ -60,14 +70,61 @@ def enough_memory(advice):
         raise
 
 
+class Output:
+    """A standard stream that outlives its reader (`| head -1`): what nobody can read any more is dropped, and the work
+    goes on. Letters that the terminal's encoding lacks are escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")          # Python has none where the shell closed it (>&-)
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        """As any stream's."""
+        with self.reader_may_leave():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        """As any stream's."""
+        with self.reader_may_leave():
+            self.stream.flush()
+
+    @contextmanager
+    def reader_may_leave(self):
+        """Points the stream to nowhere once it cannot be written."""
+        try:
+            yield
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def one_line(message, most=500):
+    """A message on one line of at most so many letters; of a longer one the middle goes."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= most else f"{line[:most - 205]} ... {line[-200:]}"
+
+
+def bar(iterable=None, **options):
+    """A tqdm progress bar; where nobody watches, in a file or a pipe, it writes a line every ten seconds."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
+
+
 def run(main):
     """Runs a script's main; bad input becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         with enough_memory("close other programs, or ask for less at once"):
             main()
     except InputError as error:
+        for shown in list(tqdm._instances):    # a bar still there would share the line
+            shown.close()
         if first_to_report():
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -104,10 +161,42 @@ nonnegative_float = checked(float, lambda value: 0 <= value < math.inf, "a numbe
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and folders that appear whole or not at all
 
+NODE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()                # this machine
+
+
 def temporary_name(path):
-    """A name beside `path` that nobody can guess, with the same extension."""
+    """A name beside `path` that nobody can guess, with the same extension; it tells whose it is."""
     folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(folder, f".{secrets.token_hex(8)}-{name}")
+    return os.path.join(folder, f".{secrets.token_hex(8)}-{NODE}-{os.getpid()}-{name}")
+
+
+def alive(process):
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                            # somebody else's
+        pass
+    return True
+
+
+def clean(path, name=None):
+    """Removes what killed processes of this machine left beside `path`; an older folder that one of them had moved
+    out of the way returns. name: "*" = whatever it was for, default `path`'s."""
+    folder, own = os.path.split(os.path.abspath(path))
+    pattern = re.compile(rf"\.[0-9a-f]{{16}}-{NODE}-(\d+)-(.+?)(~?)$")
+    for left in glob.glob(os.path.join(glob.escape(folder), f".*-{NODE}-*")):
+        match = pattern.match(os.path.basename(left))
+        if not match or name != "*" and match[2] != own or os.name == "nt" or alive(int(match[1])):
+            continue
+        place = os.path.join(folder, match[2])
+        if match[3] and not os.path.exists(place):
+            os.rename(left, place)
+        elif os.path.isdir(left) and not os.path.islink(left):
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            os.remove(left)
 
 
 def flush(path):
@@ -118,6 +207,7 @@ def flush(path):
 
 def create_beside(path):
     """Makes an empty file beside `path`, and the folders on the way. -> its name; InputError where that fails."""
+    clean(path)
     temporary = temporary_name(path)
     if os.path.isdir(path) or not os.path.basename(path):
         raise InputError(f"{path}: is a folder; choose another name for the file")
@@ -154,6 +244,7 @@ def atomic_file(path):
 
 def check_folder(path, ours=()):
     """Raises InputError unless a folder of that name can be made, or replaced: it holds names in `ours` only."""
+    clean(path)
     try:
         foreign = sorted(set(os.listdir(path)) - set(ours))
     except FileNotFoundError:
@@ -170,7 +261,7 @@ def atomic_folder(path, ours=()):
     """Like atomic_file for a folder; one that is there already is replaced if `check_folder` lets it."""
     check_folder(path, ours)
     path = os.path.realpath(path)              # a link stays a link to what takes its folder's place
-    temporary, old = temporary_name(path), temporary_name(path)
+    temporary, old = temporary_name(path), temporary_name(path) + "~"          # ~: `clean` brings it back
     try:
         os.makedirs(temporary)
         yield temporary
@@ -216,7 +307,7 @@ class Problems:
             self.log(f"skipped {problem}")
         if self.seen >= self.least and self.failed > self.share * self.seen:
             raise InputError(f"{self.failed} problems in {self.seen} samples, more than {self.share:.0%}; fix the "
-                             "data:\n" + "\n".join(self.named[:20]))
+                             f"data, beginning with {'; '.join(self.named[:3])}")
 
 
 def pick_device(name=None, choices=("cuda", "mps", "cpu")):
@@ -227,7 +318,8 @@ def pick_device(name=None, choices=("cuda", "mps", "cpu")):
     try:
         torch.empty(1, device=name).item()     # which `meta` cannot
     except Exception as error:                 # each backend raises its own
-        raise InputError(f"--device {name} does not work here ({str(error).splitlines()[0]}); try cpu") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(f"--device {name} does not work here ({reason}); try cpu") from None
     if name.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False                # one code in a thousand of a VQGAN would be another
     if name.startswith("cuda:"):
@@ -291,17 +383,27 @@ def card_memory(device):
     return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
+def leave_signals_to_the_trainer(worker):
+    """For a DataLoader's workers, which a signal to the whole group reaches too: they end when the trainer ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop:
-    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C ends at once."""
+    """Remembers the signals that end or announce the end of a run until the step is done: Ctrl-C, SIGTERM, SIGHUP of a
+    closed terminal, Slurm's SIGUSR1. A second Ctrl-C ends at once."""
 
     def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self.ask)
-        signal.signal(signal.SIGINT, self.ask)
+        self.signal = None                     # the first that came
+        for number in SIGNALS:
+            signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         """The signals' handler."""
-        self.asked = True
+        self.signal = self.signal or number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -327,39 +429,84 @@ def checkpoints(out):
     return [os.path.join(out, name) for name in sorted(os.listdir(out), reverse=True) if STEP.match(name)]
 
 
-def claim(out, ranks, resume, replace_old=False):
-    """Makes sure that a new run finds no other in `out`; with replace_old, a run that is there is removed."""
-    used = ranks.sum([bool(checkpoints(out))])[0] > 0 and not resume
-    if used and not replace_old:
-        raise InputError(f"{out}: holds another run; go on with it by --resume, or choose another --out")
+def lock(path):
+    """Locks a file as long as it is open and this process alive. -> the file; InputError if another process has it."""
+    try:
+        import fcntl                           # here, because Windows has none
+    except ImportError:
+        return open(path, "a")
+    while True:
+        file = open(path, "a")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise InputError(f"{os.path.dirname(path)}: another run is writing there; wait for its end, or choose "
+                             f"another --out") from None
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+        file.close()                           # the run before removed it between the two lines
+
+
+@contextmanager
+def claimed(out, ranks, resume, replace_old=False):
+    """Within, the folder `out` is this run's alone: it holds no other, or that one is resumed or, with replace_old,
+    removed. InputError where that cannot be."""
+    held, path = None, os.path.join(out, ".lock")
     if ranks.rank == 0:
-        for name in sorted(os.listdir(out)) if used else ():
-            if STEP.match(name):
-                shutil.rmtree(os.path.join(out, name))
-            elif RUN_FILES.match(name):
-                os.remove(os.path.join(out, name))
         probe(os.path.join(out, "log.jsonl"))
+        held = lock(path)
+        clean(path, "*")
     ranks.barrier()
+    try:
+        used = ranks.sum([bool(checkpoints(out))])[0] > 0 and not resume
+        if used and not replace_old:
+            raise InputError(f"{out}: holds another run; go on with it by --resume, or choose another --out")
+        if ranks.rank == 0 and used:
+            for name in sorted(os.listdir(out)):
+                if STEP.match(name):
+                    shutil.rmtree(os.path.join(out, name))
+                elif RUN_FILES.match(name):
+                    os.remove(os.path.join(out, name))
+        ranks.barrier()
+        yield
+    finally:
+        if held:
+            with suppress(OSError):
+                os.remove(path)
+            held.close()
+
+
+def read_log(path):
+    """The records of a log, [] where there is none; a line that was torn when its run was killed is left out."""
+    records = []
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with suppress(InputError):
+                record = parse_json(line, path)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
+    return records
 
 
 def trim_log(path, steps):
-    """Removes what an interrupted run logged behind its last checkpoint, so that no step stands there twice."""
-    if not os.path.exists(path):
-        return
-    with open(path) as file:
-        kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    with atomic_file(path) as temporary, open(temporary, "w") as file:
-        file.writelines(kept)
+    """Removes what an interrupted run logged behind its last checkpoint, that step's validation included, so that
+    nothing stands there twice."""
+    kept = [record for record in read_log(path) if record["step"] < steps + ("loss" in record)]
+    if os.path.exists(path):
+        with atomic_file(path) as temporary, open(temporary, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
 
 
 def plot_log(path, out):
     """Draws the losses against the steps: training grey, validation in colours."""
-    curves = {"train": []}
-    with open(path) as file:
-        for record in map(json.loads, file):
-            curves["train"].append((record["step"], record["loss"]))
-            for task, loss in record.get("val", {}).items():
-                curves.setdefault(f"val {task}", []).append((record["step"], loss))
+    curves = {}
+    for record in read_log(path):
+        for name, loss in {"train": record.get("loss"), **(record.get("val") or {})}.items():
+            if isinstance(loss, float):
+                curves.setdefault(name, []).append((record["step"], loss))
+    if not curves:
+        return
     points = np.concatenate(list(curves.values()))                                        # (n, 2): step, loss
     low, high = points.min(axis=0), points.max(axis=0)
     size, margin = np.array([800, 450]), 50
@@ -409,6 +556,7 @@ def open_image(path):
 
     Raises InputError that names the file where there is no image, or a damaged, an oversized or a tiny one.
     """
+    head = check_file(path, "a picture")
     try:
         image = Image.open(path)
         width, height = image.size
@@ -420,13 +568,75 @@ def open_image(path):
         image.seek(0)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:         # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-        if getattr(error, "errno", None):
-            raise InputError(f"{path}: {error.strerror.lower()}; give an image file (no folder) that can be read"
-                             ) from None
-        raise InputError(f"{path}: not a picture, or a damaged one ({error}); open and save it anew") from None
+        found = what_begins_so(head) or "a picture"
+        reason = f"{str(error):.160}" if found == "a picture" else f"it is {found}"
+        raise InputError(f"{path}: not a picture, or a damaged one ({reason}); open and save it anew") from None
+
+
+LEVELS = 16              # a mask of more grey levels has soft edges
+ORIENTATION = 0x0112     # EXIF's tag
+
+
+def read_mask(path, doubts):
+    """A mask as its file has it: what is not transparent; else a palette's entries but the first; else what is not
+    black, of soft edges and JPEGs what is above half of the brightest, of GrabCut's 0 to 3 what is odd. -> PIL, white =
+    object, and how EXIF says it is to be turned, or None"""
+    open_image(path)                     # says what is wrong with a damaged file
+    with Image.open(path) as file:
+        turn, jpeg, indexed = file.getexif().get(ORIENTATION), file.format in ("JPEG", "MPO"), file.mode == "P"
+        values = np.uint8([255])
+        if file.has_transparency_data and file.mode[0] not in "IF":
+            values = np.asarray(file.convert("RGBA"))[:, :, 3]
+        if values.min() == 255:                                                           # nothing is transparent
+            values = np.asarray(file if len(file.getbands()) == 1 else file.convert("RGB"))
+            values = np.atleast_3d(values).max(axis=-1)                                   # (H, W)
+    levels = np.unique(values)
+    top, threshold = levels[-1], 0
+    if jpeg or len(levels) > LEVELS:
+        threshold = top / 2
+    if len(levels) > LEVELS and np.mean((values > 0.1 * top) & (values < 0.9 * top)) > 0.5:
+        raise InputError(f"{path}: looks like a picture, not like a mask; draw one, white on black")
+    if jpeg and top < 16:
+        doubts.append(f"{path}: its values reach {top} of 255, which a JPEG does not keep; save such a mask as PNG")
+    elif top == 2 and not indexed:
+        doubts.append(f"{path}: 2 is taken for an object, as 1 would be; in GrabCut's masks, which go to 3, it is none")
+    elif top == 3 and 2 in levels and not indexed:
+        values = values % 2
+    return Image.fromarray(values > threshold), turn
+
+
+def open_mask(path, image, source, doubts):
+    """The mask of an image that lies in the file `source`: (H, W) bool, True = object. Doubts are added to `doubts`.
+
+    A mask of another size is squeezed to the picture's, as the released loader does. That one turns no photograph by
+    its EXIF tag, so a mask without a tag is turned with its picture, unless its shape fits the turned picture alone.
+    """
+    mask, turn = read_mask(path, doubts)
+    if turn is None:
+        with Image.open(source) as file:
+            turn = file.getexif().get(ORIENTATION)
+        alike = (mask.width - mask.height) * (image.width - image.height)    # above 0: both upright or both lying
+        if turn in (5, 6, 7, 8) and alike > 0:                 # these exchange the sides
+            turn = None
+        elif turn in (2, 3, 4) or turn in (5, 6, 7, 8) and alike == 0:
+            doubts.append(f"{path}: its picture is turned by an EXIF tag, and the mask is taken as drawn before that; "
+                          "if it was not, save the picture without the tag")
+    mask.getexif()[ORIENTATION] = turn or 1
+    mask = np.asarray(ImageOps.exif_transpose(mask).resize(image.size, Image.NEAREST))    # (H, W)
+    if not mask.any():
+        raise InputError(f"{path}: the mask is empty, nothing in it is above zero; draw it or remove the row")
+    share, edges = mask.mean(), (mask[0], mask[-1], mask[:, 0], mask[:, -1])
+    if share > 0.95:
+        doubts.append(f"{path}: the mask covers {share:.0%} of its picture")
+    elif all(edge.any() for edge in edges) and np.concatenate(edges).mean() > share:
+        doubts.append(f"{path}: the mask seems inverted, it covers {share:.0%} of its picture and more of its edges")
+    top, left = (mask.shape[0] - min(mask.shape)) // 2, (mask.shape[1] - min(mask.shape)) // 2
+    if not mask[top:top + min(mask.shape), left:left + min(mask.shape)].any():
+        doubts.append(f"{path}: the object lies outside its picture's central square, which is all that is used")
+    return mask
 
 
 def contact_sheet(images, columns=None, gap=4):
@@ -461,3 +671,197 @@ def subject_of(path):
         if words:
             return words
     return "subject"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading JSON
+
+BEGINNINGS = (   # how files begin that lie where another should, and what they are
+    (rb"version https://git-lfs", "a git-LFS pointer in place of the file; run `git lfs pull`, or download the file"),
+    (rb"\s*<(!doctype|html|head|\?xml)", "a web page in place of the file; download the file itself"),
+    (rb"\s*\{\"error\"", "a server's error message in place of the file; download it again"),
+    (rb"\0+$", "nothing but zeros, as a crash or a full disk leaves it; copy it again"),
+    (rb"PAR1", "a Parquet table"), (rb"PK\x03\x04", "a zip archive, or a pickle of PyTorch"), (rb"\x1f\x8b", "gzipped"),
+    (rb"\x80[\x02-\x05]", "a pickle"), (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "a picture"), (rb"%PDF", "a PDF"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text; save it as UTF-8"), (rb".{257}ustar", "a tar archive"))
+
+
+def what_begins_so(head):
+    """What a file with these first bytes is: text for a message, None where that is not known."""
+    if not head:
+        return "empty; copy it again"
+    return next((what for pattern, what in BEGINNINGS if re.match(pattern, head, re.IGNORECASE | re.DOTALL)), None)
+
+
+def check_file(path, what, most=None):
+    """Raises InputError unless `path` is a regular file that can be read, of at most so many bytes. Nothing else is
+    even opened: a pipe would wait for ever. what: should be there, for the message. -> its first 512 bytes"""
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and not (most and status.st_size > most):
+            with open(path, "rb") as file:
+                return file.read(512)
+        reason = f"has {status.st_size:,} bytes, too many for {what} (at most {most or 0:,}); name another file"
+        if not stat.S_ISREG(status.st_mode):
+            found = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+            reason = f"is {found}; name the file that holds {what}"
+    except FileNotFoundError:
+        found = "a link to a file that is gone" if os.path.islink(path) else "no such file"
+        reason = f"{found}; it should hold {what}"
+    except (OSError, ValueError) as error:                     # ValueError: a zero byte in the name
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error}); it should hold {what}"
+    raise InputError(f"{path}: {reason}")
+
+
+def finite(text):
+    """A number as JSON writes it; ValueError for NaN, Infinity and 1e999."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is no finite number")
+    return value
+
+
+def parse_json(text, where):
+    """What a JSON text, str or bytes, says; InputError that begins with `where` if it is none."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        return json.loads(text, parse_float=finite, parse_constant=finite)
+    except UnicodeDecodeError:
+        reason = "is not UTF-8 text"
+    except RecursionError:
+        reason = "is nested too deeply"
+    except ValueError as error:
+        reason = f"is no JSON ({str(error):.100})"
+    raise InputError(f"{where}: {reason}")
+
+
+def read_json(path, what, most=64 << 20):
+    """What a JSON file says; InputError that names it, and what it is instead. what: should be there, for messages"""
+    head = check_file(path, what, most)
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        return parse_json(content, path)
+    except InputError as error:
+        found = what_begins_so(head)
+        raise InputError(f"{path}: is {found}" if found else f"{error}; it should hold {what}") from None
+
+
+def shortly(value):
+    """A value for a message, however long or deep it is."""
+    return reprlib.repr(value)[:60]
+
+
+NOT_LINES = (    # how files begin that are given in place of JSON lines; BEGINNINGS knows more
+    (rb"\s*\[\s*(\{|$)", "a JSON array"), (rb"\s*\{\s*\n", "JSON over several lines"), (rb"\{\0|\0\{", "UTF-16 text"),
+    (rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "compressed"),
+    (rb"[^{\0\n]*[,;\t][^{\0\n]*\n[^{\0\n]*(\n|$)", "a table (CSV, TSV) or other text"))
+
+
+class JsonLines:
+    """JSONL files whose lines are found again when they are asked for: 2.5 million of them would fill the memory.
+
+    keep: takes a line (bytes), returns a tuple of what is kept of it, as the numpy `dtype` says; InputError says why
+    the line cannot be used. `table` holds what is kept, `problems` names the lines that cannot be used, of `lines`.
+    InputError where a file is none of JSON lines.
+    """
+
+    def __init__(self, paths, keep, dtype):
+        self.paths, self.problems, self.lines = list(paths), [], 0
+        dtype = np.dtype([*dtype, ("number", "u4"), ("start", "u8"), ("check", "u4")])
+        tables = [np.fromiter(self.index(path, keep), dtype) for path in self.paths]
+        self.ends = np.cumsum([len(table) for table in tables])
+        self.table = np.concatenate([np.empty(0, dtype), *tables])
+
+    def index(self, path, keep):
+        """Yields a row of the table for each usable line of a file."""
+        head, start = check_file(path, "JSON lines").removeprefix(b"\xef\xbb\xbf"), 0
+        kind = next((what for beginning, what in NOT_LINES if re.match(beginning, head)), None)
+        if not kind and not head.lstrip().startswith(b"{"):
+            kind = what_begins_so(head)
+        if kind:
+            raise InputError(f"{path}: is {kind}; make JSON lines of it: unpack it, or use jq -c '.[]', iconv -t UTF-8 "
+                             "or pandas' to_json('rows.jsonl', orient='records', lines=True)")
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = raw.strip()
+                self.lines += line != b""
+                try:
+                    if line:
+                        yield *keep(line), number, start, zlib.crc32(line)
+                except InputError as error:
+                    self.problems.append(f"{path}:{number}: {error}")
+                    if len(self.problems) == self.lines == 1000:         # a large file of something else
+                        raise InputError(f"none of the first 1,000 lines can be used; {self.problems[0]}") from None
+                start += len(raw)
+
+    def __len__(self):
+        return len(self.table)
+
+    def line(self, i):
+        """-> (path, file.jsonl:LINE, the line's bytes); InputError where the file is not what it was."""
+        path, entry = self.paths[np.searchsorted(self.ends, i, side="right")], self.table[i]
+        name = f"{path}:{entry['number']}"
+        check_file(path, "JSON lines")
+        with open(path, "rb") as file:
+            file.seek(entry["start"])
+            line = file.readline().strip()
+        if zlib.crc32(line) != entry["check"]:
+            raise InputError(f"{name}: has changed since this program read it; start anew")
+        return path, name, line
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object of JSON",
+         tuple: "a list", list: "a list"}
+
+
+def from_json(cls, values, where, limits=None, optional=(), inside=""):
+    """A dataclass out of a JSON object, checked field by field; InputError names `where` and the field. -> cls
+
+    The annotations say what the fields may hold: whole numbers, finite numbers, texts, truth values, objects, lists
+    (`tuple[int, ...]`), dataclasses, or one of several (`int | None`). All fields must be there but those of default
+    None and those that `optional` names. limits: {field: (lowest, highest)} for numbers, {field: {text, ...}} for
+    texts, of whatever dataclass; in a list they hold for each element. inside: "decoder." for what lies in it.
+    """
+    known = {f.name: f for f in fields(cls)}
+    if not isinstance(values, dict):
+        name = inside.rstrip(".") or "what it holds"
+        raise InputError(f"{where}: {name} is {shortly(values)} but must be an object with {', '.join(list(known)[:4])}"
+                         ", ...")
+    unknown = [f"{inside}{name}"[:80] for name in values if name not in known]
+    if unknown:
+        raise InputError(f"{where}: holds {', '.join(unknown[:4])}, which nothing here knows; another version or "
+                         "another program wrote it")
+    missing = [inside + name for name, f in known.items()
+               if name not in values and f.default is not None and name not in optional]
+    if missing:
+        raise InputError(f"{where}: lacks {', '.join(missing[:4])}; another version or another program wrote it")
+    types = typing.get_type_hints(cls)
+    return cls(**{name: checked_value(types[name], value, where, inside + name, limits or {}, optional)
+                  for name, value in values.items()})
+
+
+def checked_value(kind, value, where, name, limits, optional):
+    """A value of a JSON object as the annotation `kind` has it, a field's or an element's; see from_json."""
+    options = [option for option in typing.get_args(kind) if option is not type(None)]
+    form, limit = typing.get_origin(kind) or kind, limits.get(name.split(".")[-1])
+    if form in (UnionType, typing.Union):
+        if value is None and len(options) < len(typing.get_args(kind)):
+            return None
+        fitting = [option for option in options if isinstance(value, typing.get_origin(option) or option)]
+        return checked_value((fitting or options)[0], value, where, name, limits, optional)
+    if is_dataclass(form):
+        return from_json(form, value, where, limits, optional, f"{name}.")
+    if form in (tuple, list) and isinstance(value, (tuple, list)):
+        if options:
+            value = [checked_value(options[0], element, where, name, limits, optional) for element in value]
+        return form(value)
+    wanted, fits = KINDS[form], type(value) is form or form is float and type(value) is int
+    if fits and isinstance(limit, tuple):
+        wanted, fits = f"{wanted} from {limit[0]} to {limit[1]}", limit[0] <= value <= limit[1]
+    elif fits and limit:
+        wanted, fits = f"one of {', '.join(sorted(limit))}", value in limit
+    if not fits or form is float and not abs(value) < 1e300:
+        raise InputError(f"{where}: {name} is {shortly(value)} but must be {wanted}")
+    return form(value)

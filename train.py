@@ -11,18 +11,20 @@ along the way, and checkpoints from which `--resume` goes on exactly. "Step" alw
 The loop at the end is short: start there if you like. Next: `world/`, where a small model is trained from nothing.
 """
 import argparse
+import copy
 import glob
 import json
 import math
 import os
 import shutil
+import signal
+import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_optimizer_state_dict)
@@ -328,6 +330,7 @@ class Run:
                 "sample_every", "keep", "val", "codes", "without", "micro_batch", "dry_run", "gpus", "rate")
         given = {name: value for name, value in vars(self.args).items() if name not in free}
         config, recipe = self.mentor.config, asdict(replace(self.stage, epochs=0, micro=0))
+        given["rows"] = getattr(self.train, "fingerprint", None)           # what the files hold; painted data has none
         derived = {"epochs": 0, "steps": self.steps, "samples": len(self.train), "size": config.image_size,
                    "prefix_tokens": config.prefix_tokens, "prefix_rope": config.decoder.prefix_rope}
         return json.loads(json.dumps({**given, **recipe, **derived}))                     # as JSON gives it back
@@ -359,7 +362,8 @@ def task_data(args, stage, mentor, log):
     for problem in train.problems:
         log(f"skipped {problem}")
     if not args.val:
-        shown = data.TaskData(args.data, weights=stage.tasks, **extra) if codes else train      # with pixels
+        shown = copy.copy(train)
+        shown.codes = None                     # sheets show pixels
         return train, None, shown
     present = {"picture", "caption", *data.TaskData(args.val, **options).tasks}
     tasks = {task: None for task in stage.tasks if task in present}
@@ -412,9 +416,9 @@ def check(run, before):
     for name, value in run.settings().items() if before else ():
         if name in ("prefix_rope", "prefix_tokens", "size"):   # the model has its own: what counts is what was asked
             value = getattr(args, name) or value
-        if before.get(name) != value:
-            raise InputError(f"--resume: the run was started with {name} {before.get(name)}, not {value}; give the "
-                             f"same, or start a new run in another --out")
+        if before.get(name, value) != value:
+            raise InputError(f"--resume: the run was started with {name} {before[name]}, not {value}; give the same, "
+                             f"or start a new run in another --out")
 
 
 def plan(args, stage):
@@ -470,17 +474,20 @@ def save_checkpoint(run, step, name=None):
             for key, tensor in values.items():
                 tensors[f"{key}:{parameter}"] = tensor
         model = {key.removeprefix(OURS): tensor for key, tensor in state.items() if key.startswith(OURS)}
-        with cli.atomic_folder(folder, weights.CHECKPOINT_FILES) as temporary:
-            weights.write(run.mentor, temporary, model)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()},
-                      os.path.join(temporary, "training.safetensors"))
-            cli.write_json(os.path.join(temporary, "training.json"), {"step": step, "settings": run.settings()})
+        weights.save_checkpoint(run.mentor, folder, model, tensors, {"step": step, "settings": run.settings()})
         if name is None:
-            weights.publish(folder, out)
-            for old in cli.checkpoints(out)[run.args.keep:]:
-                shutil.rmtree(old)
+            publish(run, step)
     run.ranks.barrier()
     return folder
+
+
+def publish(run, step):
+    """Links the model of the checkpoint after `step` into out/ and removes older checkpoints that are too many."""
+    newest = os.path.join(run.args.out, f"step-{step:08}")
+    weights.publish(newest, run.args.out)
+    older = [folder for folder in cli.checkpoints(run.args.out) if folder < newest]
+    for folder in older[run.args.keep - 1:]:
+        shutil.rmtree(folder)
 
 
 def restore(model, optimizers, tensors):
@@ -575,6 +582,13 @@ def read_micro_batches(run, loader, problems, step):
     return micro_batches
 
 
+def clip_gradients(optimizer):
+    """Clips what an optimizer moves, apart from the others': a discriminator's gradients say nothing of a tokenizer's.
+    -> their norm before"""
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP_NORM)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
 def train_step(run, micro_batches, step):
     """One optimizer step. -> {"loss", "losses" per task, "grad_norm"}; raises InputError where they are not finite."""
     parts, elements = [], [run.objective.elements(batch) for batch in micro_batches]             # (B,) each
@@ -587,8 +601,7 @@ def train_step(run, micro_batches, step):
             (losses.sum() * (run.ranks.world / total)).backward()
         parts += zip(batch["task"], losses.tolist(), elements[i].tolist())
     loss, losses = means(run.ranks, parts)
-    norm = nn.utils.clip_grad_norm_([p for p in run.model.parameters() if p.requires_grad], CLIP_NORM)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = math.hypot(*map(clip_gradients, run.optimizers))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         names = sum(run.ranks.gather([name for batch in micro_batches for name in batch["name"]]), [])
         folder = save_checkpoint(run, step, f"nonfinite-step-{step}")
@@ -601,13 +614,34 @@ def train_step(run, micro_batches, step):
     return {"loss": loss, "losses": losses, "grad_norm": norm}
 
 
-def loop(run, stop, problems, before_step):
-    """All steps: learning rate, batches, step, log, validation, checkpoint."""
-    args, stage, ranks, out = run.args, run.stage, run.ranks, run.args.out
-    log_path = os.path.join(out, "log.jsonl")
-    loader = data.batches(run.train, run.first * stage.global_batch, run.steps * stage.global_batch, run.micro,
-                          ranks.rank, ranks.world, args.workers)
-    bar = tqdm(range(run.first, run.steps), initial=run.first, total=run.steps, unit="step", disable=ranks.rank > 0)
+def watch(run, step):
+    """Validation losses, on the screen and for the log, and the sheet of samples. -> record for the log, or None"""
+    losses, image = validate(run) if run.val else None, sheet(run)
+    if image:
+        with cli.atomic_file(os.path.join(run.args.out, f"samples-{step:08}.png")) as temporary:
+            image.save(temporary)
+    if losses is None:
+        return None
+    run.log(f"step {step}: validation " + ", ".join(f"{task} {loss:.4f}" for task, loss in losses.items()))
+    return {"step": step, "val": losses}
+
+
+def write_log(run, record):
+    """Adds a line to the log."""
+    if run.ranks.rank == 0 and record:
+        with open(os.path.join(run.args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def loop(run, stop, loader, problems, before_step):
+    """All steps: learning rate, batches, step, log, checkpoint, validation. -> steps done, fewer after a signal"""
+    args, stage, ranks = run.args, run.stage, run.ranks
+
+    def due(done, every):
+        return done % every == 0 or done == run.steps
+    if run.first and due(run.first, args.sample_every):        # the run may have been killed before it came to this
+        write_log(run, watch(run, run.first))
+    bar = cli.bar(range(run.first, run.steps), initial=run.first, total=run.steps, unit="step", disable=ranks.rank > 0)
     for step in bar:
         begun, done = time.perf_counter(), step + 1
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_001 + ranks.rank)     # dropout: by seed, step and rank
@@ -623,53 +657,27 @@ def loop(run, stop, problems, before_step):
         record |= {"step": done, "lr": lr, "memory_gib": cli.used_memory(ranks.device),
                    "samples_per_s": stage.global_batch / (time.perf_counter() - begun)}
         bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {lr:.1e}, {record['samples_per_s']:.1f} samples/s, "
-                            f"{record['memory_gib']:.1f} GiB")
-        if done % args.sample_every == 0 or done == run.steps:
-            if run.val:
-                record["val"] = validate(run)
-            image = sheet(run)
-            if image:
-                with cli.atomic_file(os.path.join(out, f"samples-{done:08}.png")) as temporary:
-                    image.save(temporary)
-        if ranks.rank == 0:
-            with open(log_path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        leave = ranks.sum([stop.asked])[0] > 0
-        if done % args.save_every == 0 or done == run.steps or leave:
+                            f"{record['memory_gib']:.1f} GiB", refresh=False)
+        write_log(run, record)
+        leave = ranks.sum([stop.signal is not None])[0] > 0
+        if due(done, args.save_every) or leave:
             save_checkpoint(run, done)
         if leave and done < run.steps:
-            run.log(f"stopped after step {done} of {run.steps}; --resume goes on from there")
-            return
-    if ranks.rank == 0 and run.first < run.steps:
-        cli.plot_log(log_path, os.path.join(out, "loss.png"))
-    run.log(f"wrote {out}; `python sample.py --weights {out}` samples from it")
+            return done
+        if due(done, args.sample_every):
+            write_log(run, watch(run, done))
+    return run.steps
 
 
-def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimizers_of=make_optimizers,
-        start=load_start, before_step=lambda run, micro_batches, step: None, replace_old=False):
-    """A whole training run, from the command line to the last checkpoint.
-
-    make_objective: Mentor -> module as TokenObjective. make_data: (args, stage, mentor, log) -> (training data,
-    validation data or None, data to sample sheets from). optimizers_of: (objective, stage) -> list. start: (args,
-    stage, log) -> Mentor. before_step: called with (run, micro-batches, step). replace_old: a run in --out goes.
-    """
-    # processes
-    ranks = cli.Ranks.join(args.device)
-    log = tqdm.write if ranks.rank == 0 else lambda line: None
-    if ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(False)            # NaN gradients under some masks (pytorch issue 196678)
-    cli.claim(args.out, ranks, args.resume, replace_old)
-    stop, problems = cli.Stop(), cli.Problems(tqdm.write)
-
-    # model and data
+def make_run(args, stage, ranks, log, make_objective, make_data, optimizers_of, start):
+    """Model, data, objective and optimizers, new or as the newest checkpoint has them. -> Run"""
     saved, training = {}, {"step": 0, "settings": None}
     if args.resume:
         mentor, saved, training = weights.newest_checkpoint(args.out, "caption" in stage.tasks, log)
         if ranks.rank == 0:
             cli.trim_log(os.path.join(args.out, "log.jsonl"), training["step"])
         if not (args.steps or args.epochs):
-            stage = replace(stage, steps=training["settings"]["steps"])
+            stage = replace(stage, steps=training["settings"].get("steps"))
     else:
         mentor = start(args, stage, log)
     untrained = tuple(part for part in mentor.config.untrained if not part.startswith(stage.trains))
@@ -677,7 +685,6 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     train, val, shown = make_data(args, stage, mentor, log)
     micro, accum, steps = batch_arithmetic(args, stage, mentor, ranks, len(train))
 
-    # objective and optimizers
     torch.manual_seed(args.seed)               # what an objective adds to the model starts the same on every rank
     objective = make_objective(mentor)
     freeze(objective, stage.trains)
@@ -689,11 +696,40 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     check(run, training["settings"])
     if saved:
         restore(model, optimizers, saved)
+    return run
 
-    if ranks.rank == 0:
-        report(run)
-    loop(run, stop, problems, before_step)
+
+def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimizers_of=make_optimizers,
+        start=load_start, before_step=lambda run, micro_batches, step: None, replace_old=False):
+    """A whole training run, from the command line to the last checkpoint.
+
+    make_objective: Mentor -> module as TokenObjective. make_data: (args, stage, mentor, log) -> (training data,
+    validation data or None, data to sample sheets from). optimizers_of: (objective, stage) -> list. start: (args,
+    stage, log) -> Mentor. before_step: called with (run, micro-batches, step). replace_old: a run in --out goes.
+    """
+    ranks = cli.Ranks.join(args.device)
+    log = tqdm.write if ranks.rank == 0 else lambda line: None
+    if ranks.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)            # NaN gradients under some masks (pytorch issue 196678)
+    with cli.claimed(args.out, ranks, args.resume, replace_old):
+        run = make_run(args, stage, ranks, log, make_objective, make_data, optimizers_of, start)
+        if ranks.rank == 0:
+            report(run)
+            if args.resume:
+                publish(run, run.first)        # the run may have been killed before it came to this
+        stop, total = cli.Stop(), run.stage.global_batch
+        loader = data.batches(run.train, run.first * total, run.steps * total, run.micro, ranks.rank, ranks.world,
+                              args.workers)
+        with closing(loader):                  # workers end with it, whatever ends the loop
+            done = loop(run, stop, loader, cli.Problems(tqdm.write), before_step)
+        if ranks.rank == 0:
+            cli.plot_log(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
     ranks.leave()
+    if done < run.steps:
+        log(f"stopped after step {done} of {run.steps}; --resume goes on from there")
+        sys.exit(128 + (stop.signal or signal.SIGTERM))        # as the shell expects
+    log(f"wrote {args.out}; `python sample.py --weights {args.out}` samples from it")
 
 
 def main(argv=None):

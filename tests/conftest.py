@@ -227,7 +227,7 @@ def command(toy, out, *flags, stage="2", steps=3, batch=4):
             "--global-batch", str(batch), "--workers", "0", "--device", "cpu", *map(str, flags)]
 
 
-def run(arguments, processes=1, cwd=ROOT, module="train"):
+def run(arguments, processes=1, cwd=ROOT, module="train", **options):
     """A training script in a process of its own, or under torchrun in several."""
     launcher = [sys.executable, "-m", module]
     if processes > 1:
@@ -235,7 +235,7 @@ def run(arguments, processes=1, cwd=ROOT, module="train"):
                     "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", module]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*launcher, *arguments], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+                            stderr=subprocess.STDOUT, **options)
 
 
 def finish(process, code=0):
@@ -245,7 +245,12 @@ def finish(process, code=0):
 
 
 def log(out):
-    return [json.loads(line) for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines()]
+    """A run's log, validations beside the losses of their step."""
+    records = {}
+    for line in (pathlib.Path(out) / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        records.setdefault(record["step"], {}).update(record)
+    return list(records.values())
 
 
 def losses(out):

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -310,8 +311,8 @@ def test_too_many_problems_stop_the_run_and_few_are_logged_once():
     assert log == ["skipped a.jsonl:7: gone"]
     problems.seen += 62                                  # 3 of 80
     problems.add("a.jsonl:8: torn")                      # 4 of 80 is 5 %
-    named = "\n".join(["a.jsonl:7: gone", "a.jsonl:8: torn", "a.jsonl:9: torn"])
-    with pytest.raises(InputError, match=f"5 problems in 80 samples.*\n{named}$"):
+    named = "; ".join(["a.jsonl:7: gone", "a.jsonl:8: torn", "a.jsonl:9: torn"])
+    with pytest.raises(InputError, match=f"5 problems in 80 samples.*{named}$"):
         problems.add("a.jsonl:9: torn")
 
 
@@ -342,14 +343,16 @@ def test_a_single_process_is_rank_0_of_1_and_needs_no_others(monkeypatch):
     assert 0.05 < cli.used_memory(ranks.device) < 1000
 
 
-def test_a_signal_is_remembered_and_a_second_interrupt_ends_at_once(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def test_signals_are_remembered_and_an_interrupt_after_one_ends_at_once():
+    before = {number: signal.getsignal(number) for number in cli.SIGNALS}
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP} == set(before)
     try:
         for number in before:
             stop = cli.Stop()
-            assert not stop.asked
+            assert stop.signal is None
             signal.raise_signal(number)
-            assert stop.asked
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == number                       # the first counts
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     finally:
@@ -364,19 +367,104 @@ def test_a_new_run_finds_no_other_in_its_folder_unless_it_resumes_or_replaces_it
     monkeypatch.delenv("RANK", raising=False)
     ranks, out = cli.Ranks.join("cpu"), tmp_path / "out"
     assert cli.checkpoints(out) == []
-    cli.claim(out, ranks, resume=False)
+    with cli.claimed(out, ranks, resume=False):
+        assert os.listdir(out) == [".lock"]
     for name in ("step-00000002", "step-00000010", "nonfinite-step-3", ".0a-step-00000011", "step-1"):
         (out / name).mkdir()
     assert cli.checkpoints(out) == [str(out / "step-00000010"), str(out / "step-00000002")]
     with pytest.raises(InputError, match="out: holds another run; go on with it by --resume, or choose another --out"):
-        cli.claim(out, ranks, resume=False)
-    cli.claim(out, ranks, resume=True, replace_old=True)
-    assert len(cli.checkpoints(out)) == 2
-    cli.claim(out, ranks, resume=False, replace_old=True)
-    assert cli.checkpoints(out) == []
+        with cli.claimed(out, ranks, resume=False):
+            pass
+    with cli.claimed(out, ranks, resume=True, replace_old=True):
+        assert len(cli.checkpoints(out)) == 2
+    with cli.claimed(out, ranks, resume=False, replace_old=True):
+        assert cli.checkpoints(out) == []
+    assert ".lock" not in os.listdir(out)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/log.jsonl: cannot be written"):
-        cli.claim(tmp_path / "file", ranks, resume=False)
+        with cli.claimed(tmp_path / "file", ranks, resume=False):
+            pass
+
+
+HOLD = """
+import sys, time, torch, cli
+with cli.claimed(sys.argv[1], cli.Ranks(0, 1, torch.device("cpu")), resume=True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended_however_it_ends(tmp_path):
+    ranks = cli.Ranks(0, 1, torch.device("cpu"))
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    for resume in (True, False):
+        with pytest.raises(InputError, match="another run is writing there; wait for its end, or choose another --out"):
+            with cli.claimed(tmp_path, ranks, resume=resume):
+                pass
+    process.kill()
+    process.communicate()
+    with cli.claimed(tmp_path, ranks, resume=True):
+        assert os.listdir(tmp_path) == [".lock"]
+    assert os.listdir(tmp_path) == []
+
+
+LEAVE = """
+import os, sys, cli
+def die(*names):
+    os._exit(9)
+if sys.argv[2] == "file":
+    with cli.atomic_file(sys.argv[1]) as temporary:
+        open(temporary, "w").write("half")
+        os._exit(9)
+rename = os.rename
+os.rename = lambda *names: rename(*names) if names[1] != os.path.realpath(sys.argv[1]) else die()
+with cli.atomic_folder(sys.argv[1], ["config.json"]) as temporary:
+    open(os.path.join(temporary, "config.json"), "w").write("new")
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_goes_at_the_next_start_and_a_moved_folder_returns(tmp_path, kind):
+    path = tmp_path / "model"
+    if kind == "folder":
+        write_folder(path, "old")
+    process = subprocess.run([sys.executable, "-c", LEAVE, str(path), kind], cwd=ROOT)
+    assert process.returncode == 9 and any(name.startswith(".") for name in os.listdir(tmp_path))
+    foreign = [tmp_path / ".0123456789abcdef-00000000-1-model", tmp_path / ".gitignore"]            # another machine's
+    live = pathlib.Path(cli.temporary_name(path))
+    for kept in (*foreign, live):
+        kept.write_text("")
+    if kind == "folder":
+        cli.check_folder(path, OURS)
+        assert (path / "config.json").read_text() == "old"
+    else:
+        cli.probe(path)
+        assert not path.exists()
+    assert {name for name in os.listdir(tmp_path) if name.startswith(".")} == {kept.name for kept in (*foreign, live)}
+
+
+def test_output_that_nobody_reads_is_dropped_and_the_work_goes_on(tmp_path):
+    script = ("import cli, sys\ndef main():\n for i in range(20000): print('a long line of output', i, '\\u2603')\n"
+              " print('on the other', file=sys.stderr)\n open(sys.argv[1], 'w').write('done')\ncli.run(main)")
+    for closed in ("| head -1", "2>&- | head -1", ">&-", ">&- 2>&-", "2> /dev/full > /dev/full"):
+        path = tmp_path / "result"
+        shell = f"set -o pipefail; PYTHONIOENCODING=ascii {sys.executable} -c \"$SCRIPT\" {path} {closed}"
+        finished = subprocess.run(["bash", "-c", shell], cwd=ROOT, env={**os.environ, "SCRIPT": script}, text=True,
+                                  capture_output=True)
+        assert finished.returncode == 0 and path.read_text() == "done", (closed, finished)
+        assert "Traceback" not in finished.stderr and "Exception" not in finished.stderr, (closed, finished.stderr)
+        path.unlink()
+
+
+def test_an_error_stands_on_a_line_of_its_own_below_the_bar_and_is_never_long(tmp_path):
+    script = ("import cli, time\ndef main():\n for _ in cli.bar(range(3)): time.sleep(0.01)\n"
+              " for _ in cli.bar(range(3)): raise cli.InputError('first\\nsecond ' + 'x' * 9000 + ' fix it')\n"
+              "cli.run(main)")
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True)
+    last = finished.stderr.splitlines()[-1]
+    assert finished.returncode == 2 and last.startswith("-c: error: first second xxx") and last.endswith("x fix it")
+    assert len(last) < 520
 
 
 def test_a_log_loses_what_was_written_behind_the_last_checkpoint(tmp_path):
@@ -495,3 +583,105 @@ def test_names_of_files_become_subjects(monkeypatch, tmp_path):
     (tmp_path / "teapot").mkdir()
     monkeypatch.chdir(tmp_path / "teapot")
     assert cli.subject_of("03.jpg") == "teapot" and cli.subject_of("lamp/03.jpg") == "lamp"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading JSON
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outer:
+    count: int
+    word: str
+    on: bool
+    inner: Inner
+    sizes: list[int]
+    extra: dict
+    limit: int | None = None
+    text_or_list: str | list[str] = ""
+
+
+GOOD = {"count": 3, "word": "a", "on": True, "inner": {"rate": 1, "names": ["x"]}, "sizes": [1, 2], "extra": {"k": [1]},
+        "text_or_list": "t"}
+OUTER_LIMITS = {"count": (0, 9), "word": {"a", "b"}, "sizes": (1, 5), "rate": (0, 1)}
+
+
+def from_outer(values):
+    return cli.from_json(Outer, values, "f.json", OUTER_LIMITS)
+
+
+def test_a_dataclass_comes_back_from_its_json():
+    made = from_outer(GOOD)
+    assert made == Outer(3, "a", True, Inner(1.0, ("x",)), [1, 2], {"k": [1]}, None, "t")
+    assert type(made.inner.rate) is float
+    assert from_outer(json.loads(json.dumps(asdict(made)))) == made
+    assert from_outer(GOOD | {"limit": None}).limit is None and from_outer(GOOD | {"limit": 4}).limit == 4
+    assert from_outer(GOOD | {"text_or_list": ["t"]}).text_or_list == ["t"]
+    values = {name: value for name, value in GOOD.items() if name != "sizes"}
+    with pytest.raises(TypeError):             # optional, and yet without a default: the caller's mistake
+        cli.from_json(Outer, values, "f.json", optional=("sizes",))
+
+
+@pytest.mark.parametrize("field, values", {
+    "count": [None, "3", 3.0, True, [], {}, -1, 10, 10**400], "word": [None, 3, "c", "", ["a"], "a" * 10**6],
+    "on": [None, 0, 1, "true", []], "inner": [None, 3, [], "x", [{}]],
+    "sizes": [None, 3, "12", {}, [0], [1, "2"], [[1]]],
+    "extra": [None, 3, [], "x"], "limit": ["3", 1.5, True, [3]], "text_or_list": [None, 3, [3], {}, [["t"]]]}.items())
+def test_every_wrong_value_is_one_sentence_with_file_and_field(field, values):
+    for value in values:
+        with pytest.raises(InputError) as error:
+            from_outer(GOOD | {field: value})
+        assert str(error.value).startswith(f"f.json: {field} is ") and len(str(error.value)) < 300
+
+
+def test_fields_inside_are_named_with_what_they_are_in():
+    for inner, said in (({"rate": "x", "names": []}, "inner.rate is 'x' but must be a number"),
+                        ({"rate": 2, "names": []}, "inner.rate is 2 but must be a number from 0 to 1"),
+                        ({"rate": 1, "names": [1]}, "inner.names is 1 but must be a text"),
+                        ({"rate": 1}, "lacks inner.names"), ({"rate": 1, "names": [], "x": 1}, "holds inner.x")):
+        with pytest.raises(InputError, match=f"f.json: {said}"):
+            from_outer(GOOD | {"inner": inner})
+    for values, said in (({"a": 1}, "holds a, "), ({}, "lacks count, word"), (None, "what it holds is None"),
+                         ([GOOD], "what it holds is"), ("x", "what it holds is 'x'")):
+        with pytest.raises(InputError, match=f"f.json: {said}"):
+            from_outer(values)
+    for infinite in (float("nan"), float("inf"), -float("inf"), 10**400):                 # from Python
+        with pytest.raises(InputError, match="rate is"):
+            cli.from_json(Inner, {"rate": infinite, "names": []}, "f.json")
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "is empty"), (b"\0\0\0\0", "nothing but zeros"), (b"{", "is no JSON"), (b"nonsense", "is no JSON"),
+    (b'{"a": NaN}', "no finite number"), (b"[Infinity]", "no finite number"), (b"[1e999]", "no finite number"),
+    (b"[" * 100_000, "nested too deeply"), (b'{"a":' * 100_000, "nested too deeply"), (b"\xff\x00", "not UTF-8"),
+    ('{"a": 1}'.encode("utf-16"), "UTF-16"), ("[1]".encode("utf-16-be"), "is no JSON"), (b"9" * 10_000, "is no JSON"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer"), (b"<html>", "a web page"),
+    (b"\x1f\x8b\x08\x00", "gzipped"), (b"PK\x03\x04", "a zip archive"), (b"PAR1", "a Parquet table"),
+    (b"\x89PNG\r\n", "a picture"), (b"%PDF-1.4", "a PDF"), (b"\x80\x04.", "a pickle"),
+    (b'{"a": "b\nc"}', "is no JSON"), (b"'a'", "is no JSON"), (b"{}{}", "is no JSON")], ids=range(24))
+def test_what_is_no_json_is_one_sentence_that_names_the_file(tmp_path, content, said):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=said) as error:
+        cli.read_json(path, "settings")
+    assert str(error.value).startswith(str(path)) and len(str(error.value)) < 300
+
+
+def test_only_regular_files_of_a_sensible_size_are_read(tmp_path):
+    (tmp_path / "good.json").write_bytes(b"\xef\xbb\xbf" + '{"é": [1, 2.5]}'.encode())
+    assert cli.read_json(tmp_path / "good.json", "settings") == {"é": [1, 2.5]}
+    with pytest.raises(InputError, match="good.json: has 19 bytes, too many for settings .at most 18"):
+        cli.read_json(tmp_path / "good.json", "settings", most=18)
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("gone", tmp_path / "link")
+    for path, said in ((tmp_path / "pipe", "is a pipe or a device"), ("/dev/zero", "is a pipe or a device"),
+                       (tmp_path, "is a folder"), (tmp_path / "link", "a link to a file that is gone"),
+                       (tmp_path / "none", "no such file"), (tmp_path / "good.json" / "x", "cannot be read"),
+                       ("a\0b", "cannot be read"), ("x" * 5000, "cannot be read")):
+        with pytest.raises(InputError, match=said):
+            cli.read_json(path, "settings")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import (NO_DROPOUT, ROOT, TINY, assert_same_weights, command, finish, log, losses, material, run,
+from conftest import (NO_DROPOUT, ROOT, assert_same_weights, command, finish, log, losses, material, run,
                       write_data)
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -268,6 +268,66 @@ def test_resuming_with_dropout_is_exact_too(toy, tmp_path):
         assert_same_weights(cut, whole, 0)
 
 
+KILL = """
+import os, sys
+import torch, train
+torch.set_num_threads(1)
+arguments = sys.argv[2:]
+
+
+def child(main, last=0):
+    # the exit code of `main` in a process of its own, killed at the call `last` of those that change names
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    seen = [0]
+
+    def counted(function):
+        def call(*args, **options):
+            seen[0] += 1
+            if seen[0] == last:
+                os._exit(9)
+            return function(*args, **options)
+        return call
+    for name in ("replace", "rename", "link", "remove", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+    try:
+        main()
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+last, code = 0, 9
+while code == 9:
+    last += 1
+    out = f"{sys.argv[1]}/{last}"
+    code = child(lambda: train.main([*arguments, "--out", out]), last)
+    resume = ["--resume"] if any(name.startswith("step-") for name in os.listdir(out)) else []
+    assert child(lambda: train.main([*arguments, "--out", out, *resume])) == 0, last
+print(last)
+"""
+
+
+@pytest.mark.full
+def test_a_run_killed_at_any_change_of_a_name_goes_on_from_whole_files_and_leaves_no_others(toy, tmp_path):
+    arguments = command(toy, tmp_path, "--save-every", 1, "--keep", 1, "--sample-every", 2, steps=2)
+    at = arguments.index("--out")
+    script = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), *arguments[:at], *arguments[at + 2:]], cwd=ROOT,
+                            text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert script.returncode == 0, script.stderr[-3000:]
+    count = int(script.stdout.split()[-1])
+    assert count > 20
+    whole = tmp_path / str(count)                              # this one was not killed
+    for number in range(1, count):
+        out = tmp_path / str(number)
+        assert losses(out) == losses(whole)
+        assert_same_weights(out, whole, 0)
+        assert sorted(os.listdir(out)) == sorted(os.listdir(whole)), number
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "training.json", "config.json"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(toy, tmp_path, file, capsys):
     train.main(command(toy, tmp_path, "--save-every", 1, steps=3))
@@ -309,27 +369,37 @@ def test_training_a_connector_makes_references_welcome(toy, tmp_path):
     assert weights.load(tmp_path / "2").config.untrained == ()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_before_leaving_and_the_newest_checkpoints_are_kept(toy, tmp_path, processes):
-    process = run(command(toy, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=400, batch=8),
-                  processes)
+@pytest.mark.parametrize("processes, number, workers, whole_group", [
+    (1, signal.SIGTERM, 2, True), (2, signal.SIGTERM, 0, False),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        (1, signal.SIGINT, 2, True), (1, signal.SIGUSR1, 2, True), (1, signal.SIGHUP, 0, False),
+        (1, signal.SIGTERM, 0, False), (2, signal.SIGTERM, 2, True), (2, signal.SIGINT, 2, True)))])
+def test_a_signal_saves_before_leaving_and_the_newest_checkpoints_are_kept(toy, tmp_path, processes, number, workers,
+                                                                           whole_group):
+    process = run([*command(toy, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=4000, batch=8),
+                   "--workers", str(workers)], processes, start_new_session=True)
     while len(cli.checkpoints(tmp_path)) < 2:
         time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+        assert process.poll() is None, process.communicate()[0]
+    if whole_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
     last = int(cli.checkpoints(tmp_path)[0][-8:])
-    assert last == log(tmp_path)[-1]["step"] < 400 and f"stopped after step {last} of 400" in output
+    assert last == log(tmp_path)[-1]["step"] < 4000 and f"stopped after step {last} of 4000" in output
     assert len(cli.checkpoints(tmp_path)) == 2
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    if processes == 1:
+        assert process.returncode == 128 + number and "Traceback" not in output
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_its_samples_and_a_saved_state(toy, tmp_path):
     model = weights.load(toy[0])
     with torch.no_grad():
-        model.decoder.norm.weight[0] = float("inf")
+        model.decoder.norm.weight[0] = 3e38
     weights.save(model, tmp_path / "broken")
-    with pytest.raises(InputError, match="step 0: the loss is nan.*data.jsonl:"):
+    with pytest.raises(InputError, match="step 0: the loss is (nan|inf).*data.jsonl:"):
         train.main([*command(toy, tmp_path / "out"), "--init", str(tmp_path / "broken")])
     assert (tmp_path / "out" / "nonfinite-step-0" / "model.safetensors").exists()
 

@@ -16,7 +16,8 @@ import weights
 from cli import InputError
 from model import Mentor
 from world import train as world_train
-from world.train import PretrainObjective
+from world.tokenizer import PixelObjective
+from world.train import STAGES, PretrainObjective, make_optimizers
 
 pytestmark = pytest.mark.gradients
 PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16)     # 2 x 2 over 4 x 4 tokens
@@ -88,7 +89,7 @@ def test_accumulating_4_x_1_equals_1_x_4(toy, tmp_path):
     for micro in (1, 4):
         world_train.main(command(toy, tmp_path / str(micro), "--micro-batch", micro, "--lr", 1e-4, stage="vqgan"))
     np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "4"), rtol=1e-5)
-    assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
+    assert_same_weights(tmp_path / "1", tmp_path / "4", 5e-4)   # AdamW turns a last bit of a small gradient into a step
 
 
 @pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
@@ -102,7 +103,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
     np.testing.assert_allclose([r["grad_norm"] for r in one], [r["grad_norm"] for r in two], rtol=1e-2)
     for task, loss in one[1]["val"].items():
         assert two[1]["val"][task] == pytest.approx(loss, rel=1e-3)
-    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-3)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 2e-3)
 
 
 def test_resuming_with_muon_the_tokenizer_and_its_discriminator_is_exact_too(toy, tmp_path):
@@ -196,3 +197,19 @@ def test_pretraining_masks_the_input_of_half_of_the_samples_by_the_sample_alone(
     assert mentor.decoder.tok_embeddings.weight.grad.abs().sum() == 0
     assert objective.mask_embedding.grad.abs().sum() > 0
     assert not mentor.decoder.tok_embeddings._forward_hooks
+
+
+def test_a_tokenizer_and_its_discriminator_are_clipped_apart():
+    objective = PixelObjective(Mentor(TINY), adversarial=0.5)
+    train.freeze(objective, STAGES["vqgan"].trains)
+    tokenizer, critic = make_optimizers(objective, STAGES["vqgan"])
+    moved = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in (tokenizer, critic)]
+    assert moved[1] == set(objective.discriminator.parameters()) and not moved[0] & moved[1]
+    assert moved[0] == {p for p in objective.mentor.vqgan.parameters()}
+    for p in moved[0]:
+        p.grad = torch.full_like(p, 1e-9)
+    for p in moved[1]:
+        p.grad = torch.full_like(p, 1e3)
+    before, after = train.clip_gradients(tokenizer), train.clip_gradients(critic)
+    assert before < 1 < after and all((p.grad == 1e-9).all() for p in moved[0])
+    assert train.clip_gradients(critic) == pytest.approx(train.CLIP_NORM, rel=1e-3)

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import cli
 import data
@@ -86,7 +85,7 @@ def score_task(mentor, judge, task, args):
     dataset = rows.EmojiData(mentor.processor, mentor.config.image_size, {task: 1}, args.seed, held_out=True,
                              extras=False)
     parts, shown = [], []
-    for start in tqdm(range(0, args.samples, args.batch), desc=task, leave=False):
+    for start in cli.bar(range(0, args.samples, args.batch), desc=task, leave=False):
         stop = min(start + args.batch, args.samples)
         samples = [dataset[i] for i in range(start, stop)]
         batch = data.collate(samples)

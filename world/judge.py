@@ -14,14 +14,12 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 import cli
 import data
 from cli import InputError
-from weights import byte_tokenizer, fill_in, read_tensors
+from weights import byte_tokenizer, fill_in, read_tensors, write_tensors
 from world import scenes, sprites
 from world.rows import EmojiData
 
@@ -102,7 +100,7 @@ def train_judge(path, steps, batch_size):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     dataset = true_images(TRAIN_SEED)
-    bar = tqdm(range(steps), unit="step")
+    bar = cli.bar(range(steps), unit="step")
     for step in bar:
         samples = [dataset[step * batch_size + i] for i in range(batch_size)]
         images = torch.stack([sample["target"] for sample in samples])                    # (B, 3, 64, 64)
@@ -117,7 +115,7 @@ def train_judge(path, steps, batch_size):
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}")
     with cli.atomic_file(path) as temporary:
-        save_file(model.state_dict(), temporary)
+        write_tensors(model.state_dict(), temporary)
     return accuracy_on_true_images(model.eval())
 
 

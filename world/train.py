@@ -156,10 +156,13 @@ class PretrainObjective(TokenObjective):
 def make_optimizers(objective, stage):
     """Muon for the hidden matrices of the model, AdamW for the rest: every direction of a matrix moves alike, and a
     small model needs a third of the samples (Jordan et al. 2024, github.com/KellerJordan/Muon; the length of a step as
-    in arXiv 2502.16982, so that both share one learning rate). The tokenizer takes AdamW alone. -> list
+    in arXiv 2502.16982, so that both share one learning rate). The tokenizer takes AdamW alone, its discriminator
+    another one, because their gradients are clipped apart. -> list
     """
     if "vqgan" in stage.trains:
-        return train.make_optimizers(objective, stage)
+        critic = set(objective.discriminator.parameters()) if objective.discriminator else set()
+        optimizers = train.make_optimizers(objective, stage, leave_out=critic)
+        return optimizers + (train.make_optimizers(objective.discriminator, stage) if critic else [])
     hidden = {module.weight for module in objective.mentor.modules() if isinstance(module, nn.Linear)}
     hidden -= {objective.mentor.decoder.output.weight}
     matrices = [p for p in objective.parameters() if p.requires_grad and p in hidden]
