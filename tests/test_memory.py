@@ -151,13 +151,12 @@ FULL_SIZE = {"connector": 512, "1": 512, "2": 512, "multi": 1280}               
 
 
 def cases():
-    """One of each kind; all but the first take the slow run."""
-    for stage in ("2", "1", "connector", "multi"):
-        for shards in (1, 8):
-            for recomputed in (False, True):
-                for micro in (1, 4, 8) if stage in "12" else (3,):
-                    first = (stage, shards, recomputed, micro) == ("2", 1, False, 8)
-                    yield pytest.param(stage, shards, recomputed, micro, marks=() if first else pytest.mark.full)
+    """(stage, FSDP's ranks, recomputed, micro-batch), all but the first for the slow run."""
+    every = [(shards, recomputed) for shards in (1, 8) for recomputed in (False, True)]
+    chosen = [("2", *way, micro) for way in every for micro in (8, 1)] + [("1", *way, 4) for way in every]
+    chosen += [(stage, *way, 3) for stage in ("connector", "multi") for way in ((1, False), (8, True))]
+    for i, case in enumerate(chosen):
+        yield pytest.param(*case, marks=pytest.mark.full if i else ())
 
 
 @pytest.mark.parametrize("stage, shards, recomputed, micro", cases())

@@ -109,7 +109,7 @@ def test_data_lies_in_a_folder_of_the_stage_or_in_data_itself(tmp_path, monkeypa
 
 def test_weights_that_a_stage_starts_from_are_named_with_the_command_that_makes_them(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for stage, said in (("2", "stage 2 starts from out/mentor/1, which is not there; make it by `python train.py "
                               "--stage 1`, or name other weights by --init"),
                         ("connector", "stage connector starts from generator, which `python weights.py convert "
@@ -538,7 +538,7 @@ def test_resuming_copies_no_moments_to_the_host(toy, tmp_path, monkeypatch):
         copies.append(args)
         return offload(*args, **options)
     monkeypatch.setattr(state_dict, "_offload_state_dict_to_cpu", record)
-    monkeypatch.setattr(train, "loop", lambda *_: None)
+    monkeypatch.setattr(train, "loop", lambda run, *_: run.steps)
     train.main(command(toy, tmp_path, "--resume", steps=2))
     assert not copies
 
