@@ -941,7 +941,8 @@ def training_memory(mentor, trains, ranks, way, itemsize=2):
         # targets are encoded one by one, while FSDP's buffer from the last gathering is still there
         encoding = {"activations": 5 * 4 * mentor.config.vqgan.channels * mentor.config.image_size**2,
                     "gathered": 2 * outside}
-        rows |= max(backward, encoding, key=lambda phase: sum(phase.values()))
+        phases = [backward] if hasattr(mentor.encoder.t5, "decoder") else [backward, encoding]       # captions: none
+        rows |= max(phases, key=lambda phase: sum(phase.values()))
     return {what: count / 2**30 for what, count in rows.items()}
 
 
