@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import log
 from PIL import Image
 
 import data
@@ -104,7 +105,7 @@ def test_the_ablation_trains_every_variant_shares_stage_1_and_can_be_started_aga
                        "seed0_1_2-recover", "seed0_1_2-segment", "seed0_1_2-t2i"}
     record = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert [row["variant"] for row in record["rows"]] == list(evaluate.VARIANTS)
-    steps = {name: len((tmp_path / "out" / name / "log.jsonl").read_text().splitlines()) for name in folders}
+    steps = {name: len(log(tmp_path / "out" / name)) for name in folders}
     assert steps["seed0_1"] == 1 and steps["seed0_1_2"] == 2 and steps["seed0_none_2"] == 3
     capfd.readouterr()
     evaluate.main(flags)
