@@ -180,8 +180,8 @@ def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(toy
     assert mentor.sample(batch, [0]).shape == (1, 3, 24, 24)
 
 
-@pytest.mark.parametrize("stage", ["connector", "2", *(pytest.param(stage, marks=pytest.mark.full)
-                                                        for stage in ("rope", "1", "multi"))])
+@pytest.mark.parametrize("stage", ["connector", *(pytest.param(stage, marks=pytest.mark.full)
+                                                   for stage in ("rope", "1", "2", "multi"))])
 def test_each_stage_runs_on_two_processes(toy, tmp_path, stage):
     finish(run(command(toy, tmp_path, stage=stage, steps=1), processes=2))
     assert len(losses(tmp_path)) == 1 and (tmp_path / "model.safetensors").exists()
@@ -238,7 +238,7 @@ def test_two_nodes_equal_one_process_and_resume_from_the_folder_they_share(toy, 
 # Interruption
 
 @pytest.mark.parametrize("processes, fsdp", [
-    (1, "--no-fsdp"), pytest.param(2, "--no-fsdp", marks=pytest.mark.full), (2, "--fsdp")])
+    (1, "--no-fsdp"), *(pytest.param(2, fsdp, marks=pytest.mark.full) for fsdp in ("--no-fsdp", "--fsdp"))])
 def test_a_run_killed_in_the_middle_resumes_with_the_same_losses(toy, tmp_path, processes, fsdp):
     def arguments(out, *more):
         return command(toy, out, "--micro-batch", 1, "--save-every", 4, fsdp, *more, stage="1", steps=10, batch=8)
