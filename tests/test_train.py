@@ -137,7 +137,7 @@ def test_a_used_folder_is_refused_in_one_sentence(toy, tmp_path):
     assert len(cli.checkpoints(tmp_path)) == 1 and len(losses(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_without_data_stage_2_is_an_example_from_rows_to_a_checkpoint_that_samples(tmp_path, processes):
     flags = ["--stage", "2", "--steps", "2", "--workers", "0", "--device", "cpu"]
     for _ in range(3 - processes):                             # a second run takes the place of the first
@@ -195,7 +195,7 @@ def test_accumulating_4_x_1_equals_1_x_4(toy, tmp_path, stage):
     assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-4)
 
 
-@pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
+@pytest.mark.parametrize("fsdp", [pytest.param("--no-fsdp", marks=pytest.mark.full), "--fsdp"])
 def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
     flags = ["--micro-batch", 1, "--val", toy[1], "--sample-every", 2]
     finish(run(command(toy, tmp_path / "two", *flags, fsdp), processes=2))

@@ -92,7 +92,7 @@ def test_accumulating_4_x_1_equals_1_x_4(toy, tmp_path):
     assert_same_weights(tmp_path / "1", tmp_path / "4", 5e-4)   # AdamW turns a last bit of a small gradient into a step
 
 
-@pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
+@pytest.mark.parametrize("fsdp", ["--no-fsdp", pytest.param("--fsdp", marks=pytest.mark.full)])
 def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
     flags = command(toy, "out", "--micro-batch", 1, "--val", toy[1], "--sample-every", 2)
     finish(run([*flags, "--out", str(tmp_path / "two"), fsdp], processes=2, module="world.train"))
@@ -118,6 +118,7 @@ def test_resuming_with_muon_the_tokenizer_and_its_discriminator_is_exact_too(toy
         assert_same_weights(cut, whole, 0)
 
 
+@pytest.mark.full
 def test_the_small_model_trains_stage_after_stage_from_nothing_on_painted_images(tmp_path, monkeypatch):
     flags = ["--steps", "3", "--global-batch", "4", "--size", "32", "--workers", "0", "--device", "cpu"]
     monkeypatch.chdir(tmp_path)                                # each stage starts from the one before in out/tiny
