@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains a stage on two nodes of 8 GPUs; data/ and out/ lie on a file system that both see.
-#     sbatch slurm.sh --stage 2 --compile --codes codes        # and again with --resume, when its time was over
+#     sbatch assets/slurm.sh --stage 2 --compile --codes codes        # and again with --resume, when its time was over
 #SBATCH --job-name=mentor
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
