@@ -54,6 +54,11 @@ def first_to_report():
     return True
 
 
+def first_line(error, most=160):
+    """How an exception begins, or what kind it is where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|calculation overflowed",
                            re.IGNORECASE)
 
@@ -65,8 +70,7 @@ def enough_memory(advice):
         yield
     except (MemoryError, RuntimeError) as error:               # PyTorch's own is a RuntimeError
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            reason = (str(error).strip().splitlines() or ["the machine's"])[0][:160]
-            raise InputError(f"out of memory ({reason}); {advice}") from None
+            raise InputError(f"out of memory ({first_line(error)}); {advice}") from None
         raise
 
 
@@ -181,14 +185,14 @@ def alive(process):
     return True
 
 
-def clean(path, name=None):
+def clean(path):
     """Removes what killed processes of this machine left beside `path`; an older folder that one of them had moved
-    out of the way returns. name: "*" = whatever it was for, default `path`'s."""
-    folder, own = os.path.split(os.path.abspath(path))
+    out of the way returns. It reads the whole folder, so it is for the start of a command, not for each file."""
+    folder = os.path.dirname(os.path.abspath(path))
     pattern = re.compile(rf"\.[0-9a-f]{{16}}-{NODE}-(\d+)-(.+?)(~?)$")
     for left in glob.glob(os.path.join(glob.escape(folder), f".*-{NODE}-*")):
         match = pattern.match(os.path.basename(left))
-        if not match or name != "*" and match[2] != own or os.name == "nt" or alive(int(match[1])):
+        if not match or os.name == "nt" or alive(int(match[1])):
             continue
         place = os.path.join(folder, match[2])
         if match[3] and not os.path.exists(place):
@@ -207,7 +211,6 @@ def flush(path):
 
 def create_beside(path):
     """Makes an empty file beside `path`, and the folders on the way. -> its name; InputError where that fails."""
-    clean(path)
     temporary = temporary_name(path)
     if os.path.isdir(path) or not os.path.basename(path):
         raise InputError(f"{path}: is a folder; choose another name for the file")
@@ -224,6 +227,7 @@ def create_beside(path):
 
 def probe(path):
     """Raises InputError unless a file of that name can be written; to be called before any work is done."""
+    clean(path)
     os.remove(create_beside(path))
 
 
@@ -289,13 +293,16 @@ def write_json(path, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems that are counted, processes, signals
 
+UNUSABLE, FEW = 0.05, 20   # a larger share that cannot be used stops a command, unless there are few in all
+
+
 class Problems:
     """Counts what cannot be used, names each problem once through `log`, and stops the run when it is too much.
 
     What tries a sample counts it in `seen`.
     """
 
-    def __init__(self, log=print, share=0.05, least=20):
+    def __init__(self, log=print, share=UNUSABLE, least=FEW):
         self.log, self.share, self.least = log, share, least
         self.named, self.failed, self.seen = [], 0, 0
 
@@ -318,8 +325,7 @@ def pick_device(name=None, choices=("cuda", "mps", "cpu")):
     try:
         torch.empty(1, device=name).item()     # which `meta` cannot
     except Exception as error:                 # each backend raises its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"--device {name} does not work here ({reason}); try cpu") from None
+        raise InputError(f"--device {name} does not work here ({first_line(error)}); try cpu") from None
     if name.startswith("cuda"):
         torch.backends.cudnn.allow_tf32 = False                # one code in a thousand of a VQGAN would be another
     if name.startswith("cuda:"):
@@ -456,7 +462,6 @@ def claimed(out, ranks, resume, replace_old=False):
     if ranks.rank == 0:
         probe(os.path.join(out, "log.jsonl"))
         held = lock(path)
-        clean(path, "*")
     ranks.barrier()
     try:
         used = ranks.sum([bool(checkpoints(out))])[0] > 0 and not resume
@@ -551,29 +556,38 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def open_image(path):
-    """Opens an image of any common kind as RGB, turned as its EXIF tag says, of an animation the first frame.
-
-    Raises InputError that names the file where there is no image, or a damaged, an oversized or a tiny one.
-    """
+@contextmanager
+def loaded(path):
+    """Yields a file's image as it lies there, of an animation the first frame; whatever fails within, and an oversized
+    or a tiny image, becomes an InputError that names the file."""
     head = check_file(path, "a picture")
     try:
-        image = Image.open(path)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise InputError(f"{path}: {width} x {height} pixels are too many (at most {MAX_PIXELS:,}); scale it down")
-        if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-            raise InputError(f"{path}: {width} x {height} pixels show too little; each side needs at least {MIN_SIDE} "
-                             f"pixels and the longer at most {MAX_ASPECT} times the shorter")
-        image.seek(0)
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InputError(f"{path}: {width} x {height} pixels are too many (at most {MAX_PIXELS:,}); scale it "
+                                 f"down")
+            if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+                raise InputError(f"{path}: {width} x {height} pixels show too little; each side needs at least "
+                                 f"{MIN_SIDE} pixels and the longer at most {MAX_ASPECT} times the shorter")
+            image.seek(0)
+            image.load()
+            yield image
     except (InputError, MemoryError):
         raise
     except Exception as error:         # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
         found = what_begins_so(head) or "a picture"
         reason = f"{str(error):.160}" if found == "a picture" else f"it is {found}"
         raise InputError(f"{path}: not a picture, or a damaged one ({reason}); open and save it anew") from None
+
+
+def open_image(path):
+    """Opens an image of any common kind as RGB, turned as its EXIF tag says, of an animation the first frame.
+
+    Raises InputError that names the file where there is no image, or a damaged, an oversized or a tiny one.
+    """
+    with loaded(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 LEVELS = 16              # a mask of more grey levels has soft edges
@@ -584,8 +598,7 @@ def read_mask(path, doubts):
     """A mask as its file has it: what is not transparent; else a palette's entries but the first; else what is not
     black, of soft edges and JPEGs what is above half of the brightest, of GrabCut's 0 to 3 what is odd. -> PIL, white =
     object, and how EXIF says it is to be turned, or None"""
-    open_image(path)                     # says what is wrong with a damaged file
-    with Image.open(path) as file:
+    with loaded(path) as file:
         turn, jpeg, indexed = file.getexif().get(ORIENTATION), file.format in ("JPEG", "MPO"), file.mode == "P"
         values = np.uint8([255])
         if file.has_transparency_data and file.mode[0] not in "IF":

@@ -162,7 +162,6 @@ TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")
 KINDS = {task: i for i, task in enumerate((*TASKS, "background"))}
 FLAGS = ("generation_only", "input_img_list", "do_replace", "do_mask")
 LONGEST = 1 << 20          # bytes of a line
-UNUSABLE, FEW = 0.05, 20   # if a larger share of the lines cannot be used, they are refused, unless there are few
 INDEX = [("task", "u1"), ("captions", "?"), ("reversible", "?")]         # what is kept of a row
 decode_json = json.JSONDecoder().raw_decode    # json.loads takes longer
 half_a_letter = re.compile("[\ud800-\udfff]").search           # of an emoji
@@ -285,6 +284,8 @@ CAPTION_DROP = 0.5       # reconstruction: how often the image comes without its
 SCALE = (0.2, 1.0)       # recovery: side of the pasted frame, as a share of the background's
 WARPED = 0.5             # how often it is also rotated, stretched, sheared and bent in perspective:
 ROTATION, STRETCH, SHEAR, BEND = 20, (0.7, 1.3), 0.3, 0.2    # up to degrees, factors, slope, share of the side
+
+
 def box_of(mask):
     """(left, top, right, bottom) around a mask."""
     columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
@@ -407,14 +408,14 @@ class TaskData(Dataset):
     """
 
     def __init__(self, paths, processor, image_size, weights=None, seed=0, backgrounds=(), codes=None,
-                 unusable=UNUSABLE):
+                 unusable=cli.UNUSABLE):
         self.rows, self.backgrounds = Rows(paths), Rows(backgrounds)
         self.problems = self.rows.problems + self.backgrounds.problems
         self.lines = self.rows.lines + self.backgrounds.lines
         checks = self.rows.table["check"].tobytes(), self.backgrounds.table["check"].tobytes()
         self.fingerprint = hashlib.blake2b(b"backgrounds".join(checks), digest_size=16).hexdigest()
         self.processor, self.image_size, self.seed, self.codes = processor, image_size, seed, codes
-        if self.lines >= FEW and len(self.problems) > unusable * self.lines:
+        if self.lines >= cli.FEW and len(self.problems) > unusable * self.lines:
             raise InputError(f"{len(self.problems)} of {self.lines} lines cannot be used, more than {unusable:.0%}; "
                              f"`python prepare.py look` names them all, the first is {self.problems[0]}")
         if backgrounds and not len(self.backgrounds):

@@ -71,6 +71,9 @@ class Sampling:
             raise InputError(f"the guidance scale is {self.cfg_scale} but must be a finite number; 1 turns it off")
 
 
+PARTS = ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan")      # of a model
+
+
 @dataclass(frozen=True)
 class MentorConfig:
     """The whole network; the defaults are MENTOR's published one."""
@@ -82,7 +85,7 @@ class MentorConfig:
     prefix_tokens: int = 512         # the longest prefix S
     image_size: int = 512            # the largest image, pixels a side
     image_id: int = 32100            # T5's id of `<image>`
-    untrained: tuple[str, ...] = ()  # parts that no file held and no stage has trained, as train.PARTS names them
+    untrained: tuple[str, ...] = ()  # parts that no file held and no stage has trained, as PARTS names them
     sampling: Sampling = field(default_factory=Sampling)
 
     @property

@@ -38,7 +38,7 @@ import cli
 import data
 import weights
 from cli import InputError
-from model import Mentor
+from model import PARTS, Mentor
 from rope2d import PREFIX_ROPE
 
 
@@ -219,9 +219,6 @@ class TokenObjective(nn.Module):
         return self.mentor(batch).sum(dim=1)                                              # (B,)
 
 
-PARTS = ("encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan")
-
-
 def freeze(objective, trains):
     """Only the named parts of the model train; the others stay in eval mode, so without dropout."""
     objective.train()
@@ -395,6 +392,11 @@ def choose_micro_batch(args, stage, mentor, ranks):
                      f"should stay free; {advice}")
 
 
+def steps_of(stage, samples):
+    """Optimizer steps of a run over so many samples an epoch."""
+    return stage.steps or max(1, round(stage.epochs * samples / stage.global_batch))
+
+
 def batch_arithmetic(args, stage, mentor, ranks, samples):
     """-> (samples a rank computes at once, how often in a step, steps of the run)"""
     micro = choose_micro_batch(args, stage, mentor, ranks)
@@ -402,7 +404,7 @@ def batch_arithmetic(args, stage, mentor, ranks, samples):
     if accum * micro * ranks.world != stage.global_batch:
         raise InputError(f"--global-batch {stage.global_batch} is no multiple of --micro-batch {micro} x {ranks.world} "
                          f"ranks; change one of them")
-    return micro, accum, stage.steps or max(1, round(stage.epochs * samples / stage.global_batch))
+    return micro, accum, steps_of(stage, samples)
 
 
 def check(run, before):
@@ -428,7 +430,7 @@ def plan(args, stage):
         mentor = weights.resize(Mentor(config, t5_decoder="caption" in stage.tasks), args.size)
     args.codes = None                          # encoding ahead changes neither rows nor memory
     train, _, _ = task_data(args, stage, mentor, print)
-    steps = stage.steps or max(1, round(stage.epochs * len(train) / stage.global_batch))
+    steps = steps_of(stage, len(train))
     for task, count in train.counts.items():
         rows = len(np.unique(train.entries[task][:, 0]))
         print(f"{task:12}{rows:10,} rows {count:10,} samples an epoch")

@@ -35,7 +35,7 @@ import cli
 from cli import InputError
 from data import CAPTION_TOKENS, IMAGE
 from encoder import CLIP_NAMES, CONNECTORS, T5_NAMES, Connector
-from model import SIZES, Mentor, MentorConfig, Sampling
+from model import PARTS, SIZES, Mentor, MentorConfig, Sampling
 from rope2d import PREFIX_ROPE
 
 TOKENIZER = ("google/flan-t5-xl", "tokenizer.json")
@@ -153,9 +153,7 @@ def read_tensors(path):
     pickled = head.startswith((b"PK\x03\x04", b"\x80"))       # of torch.save, now and before version 1.6
     try:
         content = read_content(path)
-    except InputError:
-        raise
-    except MemoryError:
+    except (InputError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         if not pickled:
@@ -195,9 +193,8 @@ def hub_says(repo, error):
                 "folder with public files")
     if status:
         return f"the hub answers with an error (HTTP {status}); try again later, or name a local folder"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    return (f"the download failed ({reason}); check the connection and try again, it goes on where it stopped, or "
-            "name a local folder")
+    return (f"the download failed ({cli.first_line(error)}); check the connection and try again, it goes on where it "
+            "stopped, or name a local folder")
 
 
 def download(repo, name):
@@ -433,7 +430,7 @@ LIMITS = {      # what the fields of a configuration may be, wherever they stand
     "latent": MANY, "code_width": (1, 1 << 14), "beta": (0, 1e6), "prefix_tokens": (1, 1 << 17),
     "image_id": (3, 1 << 24), "connector": set(CONNECTORS), "cfg_scale": (-1e6, 1e6), "temperature": (0, 1e6),
     "top_k": MANY, "top_p": (1e-9, 1),
-    "untrained": {"encoder.clip", "encoder.connector", "encoder.t5", "projector", "decoder", "vqgan"},
+    "untrained": set(PARTS),
 }
 
 

@@ -374,6 +374,9 @@ def export(args):
     """Writes a data set for train.py's --data, --val and --backgrounds: data.jsonl; val.jsonl, a sixth as many rows of
     held-out subjects; backgrounds.jsonl, as many scenes without a subject, for the recovery task."""
     few = max(args.n // 6, len(data.TASKS))
+    for name in ("data", "val", "backgrounds"):                # before any work
+        cli.probe(os.path.join(args.folder, f"{name}.jsonl"))
+        cli.probe(os.path.join(args.folder, name, "00000.png"))
     export_rows(args.folder, "data", World(args.held_out), args.n, args.seed)
     export_rows(args.folder, "val", World(held_out=True), few, args.seed + 1)
     rng = np.random.default_rng(args.seed + 2)
@@ -393,6 +396,7 @@ def subject(args):
         raise InputError(f"{args.label}: no such emoji{there_are}; all names are in assets/emoji.json")
     index = labels.index(args.label)
     stem = os.path.join(args.folder, args.label.replace(" ", "_"))
+    cli.probe(f"{stem}-00.png")
     rng = np.random.default_rng(args.seed)
     for k in range(args.n):
         description = Description((index,), args.scene or pick(rng, list(SCENES)))
