@@ -121,6 +121,7 @@ def bar(iterable=None, **options):
 def run(main):
     """Runs a script's main; bad input becomes one line on stderr and exit code 2, an interrupt exit code 130."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    code = 0
     try:
         with enough_memory("close other programs, or ask for less at once"):
             main()
@@ -129,9 +130,17 @@ def run(main):
             shown.close()
         if first_to_report():
             print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    if Ranks.joined:                           # while Python shuts down, a thread of gloo's that lets go of a tensor
+        sys.stdout.flush()                     # would abort the process (pytorch pull request 179291)
+        sys.stderr.flush()
+        os._exit(code or 0)
+    if code:
+        sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
@@ -342,6 +351,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    joined: typing.ClassVar[bool] = False      # whether this process ever joined others
 
     @classmethod
     def join(cls, device=None):
@@ -356,6 +366,7 @@ class Ranks:
             if name.startswith("cuda"):
                 options |= {"backend": "nccl", "device_id": torch.device(name)}
             dist.init_process_group(**options)
+            cls.joined = True
         return cls(dist.get_rank(), dist.get_world_size(), torch.device(name))
 
     def leave(self):

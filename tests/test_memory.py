@@ -159,7 +159,7 @@ def cases():
         yield pytest.param(*case, marks=pytest.mark.full if i else ())
 
 
-@pytest.mark.parametrize("stage, shards, recomputed, micro", cases())
+@pytest.mark.parametrize("stage, shards, recomputed, micro", list(cases()))
 def test_the_formula_is_within_5_percent_of_a_count(stage, shards, recomputed, micro):
     config = replace(MentorConfig(), prefix_tokens=FULL_SIZE[stage])
     with torch.device("meta"):
