@@ -27,10 +27,10 @@ import cli
 import data
 from cli import InputError
 from encoder import MultimodalEncoder
-from model import SIZES, Decoder, Graphs, Mentor, Prefix, Sampling, compile_blocks, sample_tokens
+from model import SIZES, Decoder, Mentor, Prefix, Sampling, sample_tokens
 from train import STAGES, TokenObjective, freeze, make_optimizers
 from vqgan import VQGAN
-from weights import DTYPES, byte_tokenizer, use_fast_products
+from weights import DTYPES, Graphs, byte_tokenizer, compile_blocks, use_fast_products
 
 CARDS = (8, 12, 16, 24)          # GB of common graphics cards
 DOG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "dog.jpg")

@@ -783,6 +783,39 @@ NOT_LINES = (    # how files begin that are given in place of JSON lines; BEGINN
     (rb"[^{\0\n]*[,;\t][^{\0\n]*\n[^{\0\n]*(\n|$)", "a table (CSV, TSV) or other text"))
 
 
+LONGEST = 1 << 20          # bytes of a line
+decode_json = json.JSONDecoder().raw_decode    # json.loads takes longer
+half_a_letter = re.compile("[\ud800-\udfff]").search           # of an emoji
+
+
+def json_object(line):
+    """The object on one line (bytes) of a JSONL file. -> dict; InputError says what is wrong with it"""
+    if len(line) > LONGEST:
+        raise InputError(f"{len(line):,} bytes long; write one object a line")
+    try:
+        content = line.decode().removeprefix("\ufeff")         # what Windows puts before UTF-8
+        record, end = decode_json(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error}); write one object a line, in UTF-8") from None
+    if not isinstance(record, dict) or end < len(content):
+        raise InputError("not a JSON object alone; write one {...} a line")
+    return record
+
+
+def texts_of(record, key, several=True):
+    """A field that holds nothing, a text or (where `several` may stand) a list of texts. -> tuple"""
+    value = record.get(key)
+    if value is None or value == "":
+        return ()
+    values = value if isinstance(value, list) else [value]
+    for text in values:
+        if not isinstance(text, str) or not text or not text.isascii() and half_a_letter(text):
+            raise InputError(f'"{key}" must be text, not {shortly(value)!a}')
+    if len(values) > 1 and not several:
+        raise InputError(f'"{key}" must be one text, not {len(values)}; write a line for each')
+    return tuple(values)
+
+
 class JsonLines:
     """JSONL files whose lines are found again when they are asked for: 2.5 million of them would fill the memory.
 

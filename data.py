@@ -2,7 +2,8 @@
 
 Everything the network sees passes through here: a reference photograph becomes CLIP pixels, a target image becomes
 VQGAN pixels, the prompt template of a task is filled in, and the text becomes T5 ids in which every reference image
-holds one `<image>` token for each CLIP patch (a MENTOR prompt of one dog: "The dog in " + 256 x <image> + ".\\n...").
+holds as many `<image>` tokens as the connector makes rows of it, one for each CLIP patch with an MLP (a MENTOR prompt
+of one dog: "The dog in " + 256 x <image> + ".\\n...").
 
 Training data is a JSON-lines file in the layout of MENTOR's (huggingface.co/datasets/BleachNick/Mentor_Stage2);
 paths are absolute or relative to the file's folder:
@@ -15,6 +16,8 @@ paths are absolute or relative to the file's folder:
                  with "swapped_text", the reference's own prompt, it is a second sample the other way round
     multi        {"source_image": image, "image_path": [mask, ...], "objects": ["dog", ...], "input_text": caption};
                  with "input_img_list": true the list holds input images, used as they are
+    icl          the same with "in_context": true, the list being input, output, input, output, ..., query: pairs that
+                 show by example what is to be done with the query; the prompt names all in order, or is made so
 
 `python prepare.py folder my_photos` writes such a file, assets/example holds a small one of every task.
 
@@ -22,9 +25,7 @@ Shape letters: S prefix rows, T image tokens, K reference images of a batch, c t
 Next: `encoder.py` turns these tensors into the rows that the decoder reads.
 """
 import hashlib
-import json
 import os
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ import cli
 from cli import InputError, open_image, open_mask
 
 IMAGE = "<image>"          # in a prompt: here stands a reference image
+WHOLE = "whole image"      # what the query connector looks for where no subject is named
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -88,11 +90,15 @@ def tile(sample, places, image=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and tokens
 
-def prompt_for(task, subjects=(), text=""):
+def prompt_for(task, subjects=(), text="", examples=0):
     """The prompt of a task as MENTOR's released data has it, `<image>` standing once for each reference image.
 
     task: one of TASKS, "caption" (an image to be described) or "picture" (no prompt). text: caption or prompt.
+    examples: of task icl, whose wording is ours.
     """
+    if task == "icl":
+        lines = [f"Input {i + 1}: {IMAGE} output {i + 1}: {IMAGE}" for i in range(examples)]
+        return "\n".join([*lines, f"Input {examples + 1}: {IMAGE} output {examples + 1}: {text}".rstrip()])
     lines = [f"The {subject} in {IMAGE}." for subject in subjects]
     if task == "segment":
         return "\n".join(lines)
@@ -109,62 +115,88 @@ class Processor:
     """A prompt with its reference images -> what the network reads.
 
     tokenizer: a `tokenizers.Tokenizer` whose `</s>` is 1 and whose pad is 0; `<image>` is added behind its vocabulary
-    (id 32100 for FLAN-T5). patches: tokens for each image. max_tokens: the prefix length S. image_size: CLIP's c.
+    (id 32100 for FLAN-T5). image_tokens: rows for each image. max_tokens: the prefix length S. image_size: CLIP's c.
+    words: the tokenizer of a query connector, which is told what each image shows; its pad is 0, too.
     """
 
-    def __init__(self, tokenizer, patches=256, max_tokens=512, image_size=224):
+    def __init__(self, tokenizer, image_tokens=256, max_tokens=512, image_size=224, words=None):
         tokenizer.add_special_tokens([IMAGE])
-        self.tokenizer, self.patches = tokenizer, patches
+        self.tokenizer, self.words, self.image_tokens = tokenizer, words, image_tokens
         self.max_tokens, self.image_size = max_tokens, image_size
         self.image_id = tokenizer.token_to_id(IMAGE)
 
-    def __call__(self, prompt, images=()):
-        """images: PIL, one for each `<image>`. -> {"prompt", "ids" (S,) int64 with 0 behind the text, "mask" (S,) bool,
-        True = a token, "refs" (n, 3, c, c)}; raises InputError where the numbers do not fit."""
+    def __call__(self, prompt, images=(), subjects=()):
+        """images: PIL, one for each `<image>`; subjects: their names, none = WHOLE. -> {"prompt", "ids" (S,) int64 with
+        0 behind the text, "mask" (S,) bool, True = a token, "refs" (n, 3, c, c), and "words" (n, W) int64 for a query
+        connector}; raises InputError where the numbers do not fit."""
         if not all(isinstance(image, Image.Image) and image.mode == "RGB" for image in images):
             raise InputError("references are RGB pictures of Pillow; open files by data.open_image")
         placeholders = prompt.count(IMAGE)
         if placeholders != len(images):
             raise InputError(f"the prompt has {placeholders} {IMAGE} but {len(images)} reference picture(s) came with "
                              f"it; write one {IMAGE} for each")
-        ids = self.tokenizer.encode(prompt.replace(IMAGE, IMAGE * self.patches)).ids
+        ids = self.tokenizer.encode(prompt.replace(IMAGE, IMAGE * self.image_tokens)).ids
         if len(ids) > self.max_tokens:
-            patches = len(images) * self.patches
-            raise InputError(f"the prompt needs {len(ids)} tokens ({len(images)} picture(s) x {self.patches} = "
-                             f"{patches}, text {len(ids) - patches}) but the prefix has {self.max_tokens}; use fewer "
-                             f"reference pictures or a shorter prompt")
+            raise InputError(self.too_long(len(ids), len(images)))
         padded = torch.zeros(self.max_tokens, dtype=torch.long)
         padded[:len(ids)] = torch.tensor(ids)
         refs = torch.empty(len(images), 3, self.image_size, self.image_size)
         for i, image in enumerate(images):
             refs[i] = clip_pixels(image, self.image_size)
-        return {"prompt": prompt, "ids": padded, "mask": torch.arange(self.max_tokens) < len(ids), "refs": refs}
+        read = {"prompt": prompt, "ids": padded, "mask": torch.arange(self.max_tokens) < len(ids), "refs": refs}
+        return read | {"words": self.words_of(subjects, len(images))} if self.words else read
+
+    def too_long(self, tokens, images):
+        """The error of a prompt that does not fit, with the ways out that there are. -> text"""
+        rows = images * self.image_tokens
+        ways = "fewer reference pictures, weights with a longer prefix (train.py --stage multi) or " if images else ""
+        if images and not self.words:
+            ways = ways.replace(" or ", ", those with the query connector (32 tokens a picture) or ")
+        return (f"the prompt needs {tokens} tokens ({images} picture(s) x {self.image_tokens} = {rows}, text "
+                f"{tokens - rows}) but the prefix has {self.max_tokens}; use {ways}a shorter prompt")
+
+    def words_of(self, subjects, images):
+        """What so many images show, for the query connector. -> (images, W) int64, 0 behind the words"""
+        subjects = subjects or [WHOLE] * images
+        if len(subjects) != images:
+            raise InputError(f"{len(subjects)} subject(s) are named but the prompt shows {images} picture(s), and the "
+                             "query connector looks for one in each; name one for each or none")
+        if not all(subject.strip() for subject in subjects):
+            raise InputError("the name of a subject is empty, and the query connector reads it; name what the picture "
+                             "shows")
+        return pad_rows([torch.tensor([self.words.encode(subject).ids]) for subject in subjects])
+
+
+def pad_rows(parts):
+    """Rows of ids one behind the other, zeros behind the shorter ones. parts: (n, W) each -> (all n, longest W)"""
+    longest = max((part.size(1) for part in parts), default=1)
+    padded = [F.pad(part, (0, longest - part.size(1))) for part in parts]
+    return torch.cat(padded) if padded else torch.zeros(0, longest, dtype=torch.long)
 
 
 def collate(samples):
-    """Samples of one kind -> batch under the same keys: tensors stacked, "refs" (K, 3, c, c) one behind the other,
-    all else as lists; prompts cut to the longest of them (what is cut off is padding)."""
+    """Samples of one kind -> batch under the same keys: tensors stacked, "refs" (K, 3, c, c) and "words" (K, W) one
+    behind the other, all else as lists; prompts cut to the longest of them (what is cut off is padding)."""
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    refs = torch.cat(batch.pop("refs"))                                                   # (K, 3, c, c)
+    together = {"refs": torch.cat(batch.pop("refs"))}                                     # (K, 3, c, c)
+    if "words" in batch:
+        together["words"] = pad_rows(batch.pop("words"))                                  # (K, W)
     for key, values in batch.items():
         if isinstance(values[0], torch.Tensor):
             batch[key] = torch.stack(values)
     longest = int(batch["mask"].sum(dim=1).max())
     batch["ids"] = batch["ids"][:, :longest]                                              # (B, S)
     batch["mask"] = batch["mask"][:, :longest]                                            # (B, S)
-    return batch | {"refs": refs}
+    return batch | together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")
+TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi", "icl")
 KINDS = {task: i for i, task in enumerate((*TASKS, "background"))}
-FLAGS = ("generation_only", "input_img_list", "do_replace", "do_mask")
-LONGEST = 1 << 20          # bytes of a line
+FLAGS = ("generation_only", "input_img_list", "do_replace", "do_mask", "in_context")
 INDEX = [("task", "u1"), ("captions", "?"), ("reversible", "?")]         # what is kept of a row
-decode_json = json.JSONDecoder().raw_decode    # json.loads takes longer
-half_a_letter = re.compile("[\ud800-\udfff]").search           # of an emoji
 
 
 class Row(NamedTuple):
@@ -180,20 +212,6 @@ class Row(NamedTuple):
     key: int = 0               # stands for the line's content, to find its codes
 
 
-def texts_of(record, key, several=True):
-    """A field that holds nothing, a text or (where `several` may stand) a list of texts. -> tuple"""
-    value = record.get(key)
-    if value is None or value == "":
-        return ()
-    values = value if isinstance(value, list) else [value]
-    for text in values:
-        if not isinstance(text, str) or not text or not text.isascii() and half_a_letter(text):
-            raise InputError(f'"{key}" must be text, not {cli.shortly(value)!a}')
-    if len(values) > 1 and not several:
-        raise InputError(f'"{key}" must be one text, not {len(values)}; write a line for each')
-    return tuple(values)
-
-
 def task_of(record, objects):
     """The task that a row's flags tell (MENTOR's dataset/t2i.py)."""
     for flag in FLAGS:
@@ -203,6 +221,8 @@ def task_of(record, objects):
         return "background"
     if record.get("generation_only"):
         return "t2i"
+    if record.get("in_context"):
+        return "icl"
     if record.get("input_img_list"):
         return "multi"
     if record.get("do_replace"):
@@ -216,20 +236,13 @@ def task_of(record, objects):
 
 def parse_row(line):
     """One line (bytes) -> Row with the paths as they stand there; InputError says what is wrong with it."""
-    if len(line) > LONGEST:
-        raise InputError(f"{len(line):,} bytes long; write one object a line")
-    try:
-        content = line.decode().removeprefix("\ufeff")         # what Windows puts before UTF-8
-        record, end = decode_json(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error}); write one object a line, in UTF-8") from None
-    if not isinstance(record, dict) or end < len(content):
-        raise InputError("not a JSON object alone; write one {...} a line")
-    images, objects = texts_of(record, "image_path"), texts_of(record, "objects")
+    record = cli.json_object(line)
+    images, objects = cli.texts_of(record, "image_path"), cli.texts_of(record, "objects")
     keys = "input_text", "swapped_text", "source_image", "input_image"
-    text, swapped_text, source, background = ["".join(texts_of(record, key, several=False)) for key in keys]
-    task, as_is, source = task_of(record, objects), bool(record.get("input_img_list")), source or background
-    own_prompt, reference = as_is and IMAGE in text, ()
+    text, swapped_text, source, background = ["".join(cli.texts_of(record, key, several=False)) for key in keys]
+    task, source, reference = task_of(record, objects), source or background, ()
+    as_is = bool(record.get("input_img_list")) or task == "icl"
+    own_prompt = as_is and IMAGE in text
     if not as_is:                        # the released loader does so: it puts its own where they belong
         text, swapped_text = text.replace(IMAGE, ""), swapped_text.replace(IMAGE, "")
     if images and not objects and task in ("t2i", "reconstruct"):            # image_path is the target
@@ -239,6 +252,8 @@ def parse_row(line):
     needed = {"source_image": source}
     if task in ("segment", "recover", "subject", "multi"):
         needed |= {"objects": objects or own_prompt, "image_path": images}
+    if task == "icl":
+        needed["image_path"] = images
     if task in ("recover", "subject", "multi"):
         needed["input_text"] = "input_text" in record          # it may be empty
     if task == "t2i" or reference:
@@ -246,12 +261,16 @@ def parse_row(line):
     for key, value in needed.items():
         if not value:
             raise InputError(f'"{key}" is missing; a row of task {task} needs it')
-    if len(objects) != len(images) and not own_prompt and ("objects" in needed or len(images) > 1):
+    if task == "icl":
+        if len(images) < 3 or len(images) % 2 == 0:
+            raise InputError(f"{len(images)} path(s) in image_path, but examples are pairs of input and output, and "
+                             "behind them comes the query, the input to be treated alike: 3, 5, 7, ... paths")
+    elif len(objects) != len(images) and not own_prompt and ("objects" in needed or len(images) > 1):
         raise InputError(f"{len(objects)} object(s) but {len(images)} path(s) in image_path; give one for each")
     if len(objects) > 1 and task == "recover":
         raise InputError(f"do_replace moves one object, not {len(objects)}; write a line for each")
     return Row(task, source, text, None if record.get("swapped_text") is None else swapped_text,
-               images if "objects" in needed else reference, objects, as_is)
+               images if "image_path" in needed else reference, objects, as_is)
 
 
 class Rows(cli.JsonLines):
@@ -354,7 +373,7 @@ def compose(task, row, swapped, rng, doubts, background=None, size=448):
         prompt = prompt_for(task, row.objects, row.swapped_text)
         return prompt, [open_image(row.source)], lambda: open_image(row.images[0])
     if task == "subject" or row.as_is:
-        prompt = row.text if IMAGE in row.text else prompt_for(task, row.objects, row.text)
+        prompt = row.text if IMAGE in row.text else prompt_for(task, row.objects, row.text, len(row.images) // 2)
         return prompt, [open_image(path) for path in row.images], lambda: open_image(row.source)
     if task == "reconstruct" and row.images:                  # an edit of another picture
         return prompt_for(task, (), row.text), [open_image(row.images[0])], lambda: open_image(row.source)
@@ -499,16 +518,17 @@ class TaskData(Dataset):
     def sample(self, task, row, swapped, rng, problems):
         """One entry as tensors; InputError says why it cannot be used.
 
-        -> dict: task, name, key, prompt, ids (S,), mask (S,), refs (n, 3, c, c), problems, doubts, and one of target
-        (3, size, size), tokens (T,), labels (CAPTION_TOKENS,)
+        -> dict: task, name, key, what the processor gives, problems, doubts, and one of target (3, size, size), tokens
+        (T,), labels (CAPTION_TOKENS,)
         """
         background = self.background(row, rng, problems) if task == "recover" else None
-        # recovery is painted at twice the size, for CLIP's preprocessing to average
+        subjects = () if task in ("t2i", "reconstruct", "caption", "picture") else row.objects
         doubts = []
+        # recovery is painted at twice the size, for CLIP's preprocessing to average
         prompt, images, target = compose(task, row, swapped, rng, doubts, background, 2 * self.processor.image_size)
         sample = {"task": task, "name": row.name, "key": row.key * 2 + int(swapped), "problems": problems,
                   "doubts": doubts}
-        sample |= self.processor(prompt, images)
+        sample |= self.processor(prompt, images, subjects)
         if task == "caption":
             sample["labels"] = caption_labels(self.processor.tokenizer, row.text)
         elif self.codes and task in TASKS:

@@ -9,8 +9,12 @@ only to serve the class token, the patches before it still tell what is where. T
 encoder reads in both directions, so that words and patches see each other before the decoder, which only looks back,
 reads them. T5's decoder half is needed once, to pretrain the connector by captioning.
 
-Shape letters: B batch, K reference images, P patches of an image, S prefix rows, L any length, M a memory's length,
-C width of the network at hand, H heads, hd channels a head, V T5's vocabulary.
+There are two kinds of connectors: an MLP, which turns every patch into a row, and a query connector, which is told
+what to look for and puts it into 32 rows, however many patches there are.
+
+Shape letters: B batch, K reference images, P patches of an image, R rows that the connector makes of one, W words of
+a subject, S prefix rows, L any length, M a memory's length, C width of the network at hand, H heads, hd channels a
+head, V T5's vocabulary.
 Next: `rope2d.py`, then `model.py`, which projects the rows to its prefix.
 """
 from dataclasses import dataclass
@@ -40,16 +44,17 @@ def aligned(mask):
 class Attention(nn.Module):
     """Multi-head attention over x, or from x to a memory.
 
-    scale: factor on the scores, None = 1 / sqrt(head_dim); T5 uses 1, its initialisation makes up for it.
+    scale: factor on the scores, None = 1 / sqrt(head_dim); T5 uses 1, its initialisation makes up for it. memory_dim:
+    the memory's width, None = dim.
     """
 
-    def __init__(self, dim, heads, head_dim=None, bias=True, scale=None, dropout=0.0):
+    def __init__(self, dim, heads, head_dim=None, bias=True, scale=None, dropout=0.0, memory_dim=None):
         super().__init__()
         inner = heads * (head_dim or dim // heads)
         self.heads, self.scale, self.dropout = heads, scale, dropout
         self.q = nn.Linear(dim, inner, bias=bias)
-        self.k = nn.Linear(dim, inner, bias=bias)
-        self.v = nn.Linear(dim, inner, bias=bias)
+        self.k = nn.Linear(memory_dim or dim, inner, bias=bias)
+        self.v = nn.Linear(memory_dim or dim, inner, bias=bias)
         self.o = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x, memory=None, score_bias=None, causal=False):
@@ -314,22 +319,129 @@ T5_NAMES = (  # ours -> public, regular expressions applied in order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images into text
+# Connectors: images into T5's space
 
-CONNECTORS = {  # form: (hidden width in units of T5's, activation)
+MLPS = {  # form: (hidden width in units of T5's, activation)
     "released": (1, nn.GELU),
     "paper": (2, nn.SiLU),
 }
+CONNECTORS = (*MLPS, "query")
 
 
 class Connector(nn.Sequential):
     """Two-layer MLP from CLIP's space to T5's, patch by patch. (K, P, C of CLIP) -> (K, P, C of T5)"""
 
     def __init__(self, vision_width, t5_width, form="released"):
-        factor, activation = CONNECTORS[form]
+        factor, activation = MLPS[form]
         super().__init__(nn.Linear(vision_width, factor * t5_width), activation(),
                          nn.Linear(factor * t5_width, t5_width))
 
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """The query connector's size; the defaults are InstructBLIP's, which are BERT-base's."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    vocab_size: int = 30523          # BERT's word pieces and one more
+    positions: int = 512             # words of a subject at most
+    queries: int = 32                # rows that an image becomes
+    cross_every: int = 2             # every second layer reads the image
+    dropout: float = 0.1
+
+
+class QueryBlock(nn.Module):
+    """A block of BERT, in which a norm follows each part. Learned queries and a subject's words attend to each other,
+    with `cross` the queries then to the image; each of the two kinds has a feed-forward of its own."""
+
+    def __init__(self, config, vision_width, cross):
+        super().__init__()
+        width, mlp = config.width, config.mlp
+        self.queries, self.dropout = config.queries, nn.Dropout(config.dropout)
+        self.attn, self.attn_norm = Attention(width, config.heads, dropout=config.dropout), nn.LayerNorm(width, 1e-12)
+        self.cross = Attention(width, config.heads, dropout=config.dropout, memory_dim=vision_width) if cross else None
+        self.cross_norm = nn.LayerNorm(width, 1e-12) if cross else None
+        self.query_fc1, self.query_fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        self.query_norm, self.norm = nn.LayerNorm(width, 1e-12), nn.LayerNorm(width, 1e-12)
+
+    def forward(self, x, patches, score_bias):
+        """x: (K, R + W, C); patches: (K, P, C of CLIP); score_bias: hides padded words. -> x's shape"""
+        x = self.attn_norm(x + self.dropout(self.attn(x, score_bias=score_bias)))
+        queries, words = x[:, :self.queries], x[:, self.queries:]
+        if self.cross is not None:
+            queries = self.cross_norm(queries + self.dropout(self.cross(queries, patches)))
+        queries = self.query_norm(queries + self.dropout(self.query_fc2(F.gelu(self.query_fc1(queries)))))
+        words = self.norm(words + self.dropout(self.fc2(F.gelu(self.fc1(words)))))
+        return torch.cat([queries, words], dim=1)                                         # (K, R + W, C)
+
+
+class QueryConnector(nn.Module):
+    """From CLIP's space to T5's by the Q-Former of BLIP-2 (arXiv 2301.12597) in the form that reads what to look for
+    (InstructBLIP, arXiv 2305.06500): every image becomes R rows."""
+
+    def __init__(self, config, vision_width, t5_width):
+        super().__init__()
+        self.config = config
+        self.queries = nn.Parameter(torch.randn(1, config.queries, config.width) * 0.02)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.positions, config.width)
+        self.norm, self.dropout = nn.LayerNorm(config.width, 1e-12), nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(QueryBlock(config, vision_width, cross=i % config.cross_every == 0)
+                                    for i in range(config.layers))
+        self.out = nn.Linear(config.width, t5_width)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)       # BERT's start
+
+    def forward(self, patches, words):
+        """patches: (K, P, C of CLIP); words: (K, W) ids of what each image's subject is called, 0 = padding.
+        -> (K, R, C of T5)"""
+        named = self.embed(words) + self.position.weight[:words.size(1)]                  # (K, W, C)
+        queries = self.queries.expand(len(words), -1, -1).type_as(named)                  # (K, R, C)
+        x = self.dropout(self.norm(torch.cat([queries, named], dim=1)))                   # (K, R + W, C)
+        seen = F.pad(words != 0, (self.config.queries, 0), value=True)[:, None, None]     # (K, 1, 1, R + W)
+        dtype = compute_dtype(x)
+        score_bias = aligned(torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min))
+        for block in self.blocks:
+            x = block(x, patches, score_bias)
+        return self.out(x[:, :self.config.queries])                                       # (K, R, C of T5)
+
+
+def make_connector(vision_width, t5_width, form, query):
+    """A new connector. form: one of CONNECTORS; query: the QueryConfig of a query connector"""
+    if form == "query":
+        return QueryConnector(query, vision_width, t5_width)
+    return Connector(vision_width, t5_width, form)
+
+
+QUERY_NAMES = (  # ours -> public (InstructBLIP's), regular expressions applied in order
+    (r"^queries$", "query_tokens"),
+    (r"^out\.", "language_projection."),
+    (r"^embed\.", "qformer.embeddings.word_embeddings."),
+    (r"^position\.", "qformer.embeddings.position_embeddings."),
+    (r"^norm\.", "qformer.embeddings.layernorm."),
+    (r"^blocks\.(\d+)\.attn\.o\.", r"qformer.encoder.layer.\1.attention.output.dense."),
+    (r"^blocks\.(\d+)\.cross\.o\.", r"qformer.encoder.layer.\1.crossattention.output.dense."),
+    (r"^blocks\.(\d+)\.attn\.", r"qformer.encoder.layer.\1.attention.attention."),
+    (r"^blocks\.(\d+)\.cross\.", r"qformer.encoder.layer.\1.crossattention.attention."),
+    (r"attention\.q\.", "attention.query."),
+    (r"attention\.k\.", "attention.key."),
+    (r"attention\.v\.", "attention.value."),
+    (r"^blocks\.(\d+)\.attn_norm\.", r"qformer.encoder.layer.\1.attention.output.LayerNorm."),
+    (r"^blocks\.(\d+)\.cross_norm\.", r"qformer.encoder.layer.\1.crossattention.output.LayerNorm."),
+    (r"^blocks\.(\d+)\.query_fc1\.", r"qformer.encoder.layer.\1.intermediate_query.dense."),
+    (r"^blocks\.(\d+)\.query_fc2\.", r"qformer.encoder.layer.\1.output_query.dense."),
+    (r"^blocks\.(\d+)\.query_norm\.", r"qformer.encoder.layer.\1.output_query.LayerNorm."),
+    (r"^blocks\.(\d+)\.fc1\.", r"qformer.encoder.layer.\1.intermediate.dense."),
+    (r"^blocks\.(\d+)\.fc2\.", r"qformer.encoder.layer.\1.output.dense."),
+    (r"^blocks\.(\d+)\.norm\.", r"qformer.encoder.layer.\1.output.LayerNorm."),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images into text
 
 class MultimodalEncoder(nn.Module):
     """Prompt with reference images -> H, one row for each token (paper section 2.2).
@@ -338,27 +450,39 @@ class MultimodalEncoder(nn.Module):
     are what the connector makes of the patches; from there on T5 treats all rows alike.
     """
 
-    def __init__(self, vision, t5, connector="released", image_id=32100, t5_decoder=False):
+    def __init__(self, vision, t5, connector="released", image_id=32100, t5_decoder=False, query=QueryConfig()):
         super().__init__()
         self.image_id = image_id
+        self.image_tokens = query.queries if connector == "query" else vision.grid**2      # R
         self.clip = ClipVision(vision)
-        self.connector = Connector(vision.width, t5.width, connector)
+        self.connector = make_connector(vision.width, t5.width, connector, query)
         self.t5 = T5(t5, decoder=t5_decoder)
 
-    def forward(self, ids, mask, refs=None):
-        """ids, mask: (B, S), padded at the right; refs: (K, 3, c, c) CLIP pixels of all samples, in order of samples.
+    def image_rows(self, refs, words):
+        """What stands in the prompt for the images: (K, 3, c, c), words (K, W) or None -> (K, R, C)"""
+        patches = self.clip(refs)                                                         # (K, P, C of CLIP)
+        if isinstance(self.connector, Connector):
+            return self.connector(patches)
+        if words is None or len(words) != len(refs):
+            raise InputError("the query connector reads what each reference picture shows; give words for each")
+        return self.connector(patches, words)
 
-        Each image fills the next P `<image>` rows. -> H (B, S, C), padded rows zero; InputError where they do not fit.
+    def forward(self, ids, mask, refs=None, words=None):
+        """ids, mask: (B, S), padded at the right; refs: (K, 3, c, c) CLIP pixels of all samples, in order of samples;
+        words: (K, W) what they show, for the query connector.
+
+        Each image fills the next R `<image>` rows. -> H (B, S, C), padded rows zero; InputError where they do not fit.
         """
         rows = self.t5.embed(ids)                                                         # (B, S, C)
         is_image = ids == self.image_id                                                   # (B, S)
         if refs is None:
             refs = rows.new_empty(0, 3, self.clip.config.image_size, self.clip.config.image_size)
-        patches = self.clip.config.grid**2
-        if not ids.is_meta and is_image.sum() != len(refs) * patches:      # on the meta device there are no values
+            words = ids.new_zeros(0, 1)
+        needed = len(refs) * self.image_tokens
+        if not ids.is_meta and is_image.sum() != needed:       # on the meta device there are no values
             raise InputError(f"the prompts have {is_image.sum()} <image> tokens but {len(refs)} reference pictures "
-                             f"give {len(refs) * patches} patches; write {patches} <image> tokens for each picture")
+                             f"become {needed} rows; write {self.image_tokens} <image> tokens for each picture")
         # also where there are no images: a connector that trains then has gradients (0) on every rank
-        features = self.connector(self.clip(refs.type_as(rows)))                          # (K, P, C)
+        features = self.image_rows(refs.type_as(rows), words)                             # (K, R, C)
         rows = rows.masked_scatter(is_image.unsqueeze(-1), features.type_as(rows))        # in order, as images come
         return self.t5.encode(rows, mask)                                                 # (B, S, C)

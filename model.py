@@ -5,7 +5,8 @@
     T tokens --vqgan.py--> image
 
 The decoder is LlamaGen's (autoregressive/models/gpt.py), which is Llama's with rows and columns in place of positions
-(`rope2d.py`). At the end of this file stands what only speed decided.
+(`rope2d.py`). Every attention, mask and loop is written for the reader; what only speed decided (CUDA graphs, other
+products) is put around them by `weights.place`.
 
 Shape letters: B batch, K reference images, S prefix rows, T image tokens (grid * grid), L = S + T, C T5's width,
 D the decoder's width, H heads, hd channels a head, V codes. Next: `vqgan.py`, which makes images of tokens.
@@ -20,7 +21,7 @@ from torch import nn
 
 from cli import InputError, bar
 from data import IMAGE, Processor
-from encoder import MultimodalEncoder, RMSNorm, T5Config, VisionConfig, aligned, compute_dtype
+from encoder import MultimodalEncoder, QueryConfig, RMSNorm, T5Config, VisionConfig, aligned, compute_dtype
 from rope2d import apply_rope, prefix_and_image_table
 from vqgan import VQGAN, VQConfig
 
@@ -79,7 +80,7 @@ class MentorConfig:
     """The whole network; the defaults are MENTOR's published one."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     t5: T5Config = field(default_factory=T5Config)
-    connector: str = "released"      # or "paper": encoder.CONNECTORS
+    connector: str = "released"      # or "paper" or "query": encoder.CONNECTORS
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     vqgan: VQConfig = field(default_factory=VQConfig)
     prefix_tokens: int = 512         # the longest prefix S
@@ -87,6 +88,7 @@ class MentorConfig:
     image_id: int = 32100            # T5's id of `<image>`
     untrained: tuple[str, ...] = ()  # parts that no file held and no stage has trained, as PARTS names them
     sampling: Sampling = field(default_factory=Sampling)
+    query: QueryConfig = field(default_factory=QueryConfig)    # the query connector's size
 
     @property
     def grid(self):
@@ -100,6 +102,7 @@ SIZES = {   # of the decoder: layers, heads, width (parameters with 16,384 codes
         t5=T5Config(width=64, layers=2, heads=4, head_dim=16, mlp=128, vocab_size=260),
         decoder=DecoderConfig(2, 4, 64, codes=1024),
         vqgan=VQConfig(channels=16, res_blocks=1, latent=32, codes=1024),
+        query=QueryConfig(64, 2, 4, 128, vocab_size=260, positions=64, queries=8),
         image_size=256, sampling=Sampling(cfg_scale=3.0)),
     "B": MentorConfig(decoder=DecoderConfig(12, 12, 768)),          # 111 M
     "L": MentorConfig(decoder=DecoderConfig(24, 16, 1024)),         # 343 M
@@ -339,22 +342,32 @@ class Mentor(nn.Module):
     """CLIP, connector, T5, projector, decoder and VQGAN in one, with the processor that prepares their input.
 
     A batch is a dict as `data.collate` makes it: ids, mask (B, S), padded at the right; refs (K, 3, c, c), the CLIP
-    pixels of all samples in order; for training also tokens (B, T) or target (B, 3, H, W), and drop (B,) bool.
+    pixels of all samples in order; words (K, W) where the connector reads them; for training also tokens (B, T) or
+    target (B, 3, H, W), and drop (B,) bool. words: the tokenizer of a query connector, None = the prompt's.
     """
 
-    def __init__(self, config, tokenizer=None, t5_decoder=False):
+    def __init__(self, config, tokenizer=None, t5_decoder=False, words=None):
         super().__init__()
+        if config.connector == "query" and config.decoder.prefix_rope == "grid":
+            raise InputError("the prefix rotation grid turns image rows by the place of their patch, but the query "
+                             "connector's rows have none; take identity or zero")
         self.config, self.processor = config, None
-        self.graphs = True                     # on a GPU, decoding steps are replayed as CUDA graphs
-        self.encoder = MultimodalEncoder(config.vision, config.t5, config.connector, config.image_id, t5_decoder)
+        self.replay = None                     # takes a decoding step and its cache, gives a faster step
+        self.encoder = MultimodalEncoder(config.vision, config.t5, config.connector, config.image_id, t5_decoder,
+                                         config.query)
         self.projector = Projector(config.t5.width, config.decoder.width, config.prefix_tokens)
         self.decoder = Decoder(config.decoder, config.vision.grid)
         self.vqgan = VQGAN(config.vqgan)
         if tokenizer:
-            self.processor = Processor(tokenizer, config.vision.grid**2, config.prefix_tokens, config.vision.image_size)
+            words = words or (tokenizer if config.connector == "query" else None)
+            self.processor = Processor(tokenizer, self.encoder.image_tokens, config.prefix_tokens,
+                                       config.vision.image_size, words)
             if self.processor.image_id != config.image_id:
                 raise InputError(f"the tokenizer gives {IMAGE} the id {self.processor.image_id} but the weights expect "
                                  f"{config.image_id}; use the tokenizer.json that belongs to them")
+            if words and words.get_vocab_size() > config.query.vocab_size:
+                raise InputError(f"the tokenizer of the query connector has {words.get_vocab_size()} words but its "
+                                 f"table {config.query.vocab_size}; use the one that belongs to these weights")
         for part in (self.projector, self.decoder):
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -370,10 +383,10 @@ class Mentor(nn.Module):
         """Left-padded T5 rows -> Prefix."""
         return Prefix(self.projector(h.to(self.projector.fc1.weight.dtype)), valid, is_image)
 
-    def prefix(self, ids, mask, refs=None, drop=None):
+    def prefix(self, ids, mask, refs=None, drop=None, words=None):
         """Prompts and reference images -> Prefix. drop: True = this sample learns the unconditional rows in place of
         its own (training, p = 0.1)."""
-        h = left_pad(self.encoder(ids, mask, refs), mask)                                 # (B, S, C)
+        h = left_pad(self.encoder(ids, mask, refs, words), mask)                          # (B, S, C)
         if drop is not None:
             h = torch.where(drop[:, None, None], self.projector.uncond[-h.size(1):].type_as(h), h)
         return self.project(h, left_pad(mask, mask), left_pad(ids == self.config.image_id, mask))
@@ -397,10 +410,10 @@ class Mentor(nn.Module):
         A batch with labels (B, L), stage connector, has T5's own decoder half caption its images. -> (B, L)
         """
         if "labels" in batch:
-            h = self.encoder(batch["ids"], batch["mask"], batch["refs"])                  # (B, S, C)
+            h = self.encoder(batch["ids"], batch["mask"], batch["refs"], batch.get("words"))            # (B, S, C)
             return self.encoder.t5.caption_losses(h, batch["mask"], batch["labels"])
         tokens = self.target_tokens(batch)                                                # (B, T)
-        prefix = self.prefix(batch["ids"], batch["mask"], batch["refs"], batch.get("drop"))
+        prefix = self.prefix(batch["ids"], batch["mask"], batch["refs"], batch.get("drop"), batch.get("words"))
         logits = self.decoder(prefix, tokens[:, :-1], math.isqrt(tokens.size(1)))         # (B, T, V)
         return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # (B, T)
 
@@ -427,8 +440,8 @@ class Mentor(nn.Module):
             logits = self.decoder.decode_step(token.repeat(copies), cache, rope)          # (B or 2B, V)
             return sample_tokens(guide(logits, sampling.cfg_scale), uniform, sampling)    # (B,)
 
-        if logits.is_cuda and self.graphs:
-            step = Graphs(step, cache)
+        if logits.is_cuda and self.replay:
+            step = self.replay(step, cache)
         tokens = [sample_tokens(guide(logits, sampling.cfg_scale), uniform[:, 0], sampling)]
         for k in bar(range(1, count), desc="sampling", unit="token", disable=not progress, leave=False):
             tokens.append(step(tokens[-1], uniform[:, k]))
@@ -447,10 +460,11 @@ class Mentor(nn.Module):
         if len(batch["refs"]) and "encoder.connector" in self.config.untrained:
             raise InputError("these weights hold no trained connector, so they cannot see reference pictures; "
                              "leave out the references or use MENTOR's weights")
-        ids, mask, refs = (batch[key].to(self.device) for key in ("ids", "mask", "refs"))
-        if not seeds or len(seeds) % len(ids) or not 0 <= min(seeds) <= max(seeds) < 2**63:
-            raise ValueError(f"{len(seeds)} seeds for {len(ids)} prompts; give as many, or a multiple, all 0 or above")
-        prefix = self.prefix(ids, mask, refs).repeat(len(seeds) // len(ids))
+        batch = {key: batch[key].to(self.device) for key in ("ids", "mask", "refs", "words") if key in batch}
+        if not seeds or len(seeds) % len(batch["ids"]) or not 0 <= min(seeds) <= max(seeds) < 2**63:
+            raise ValueError(f"{len(seeds)} seeds for {len(batch['ids'])} prompts; give as many, or a multiple, all 0 or "
+                             "above")
+        prefix = self.prefix(**batch).repeat(len(seeds) // len(batch["ids"]))
         if offload:
             self.encoder.to("meta")
             self.decoder.to(self.device)
@@ -465,45 +479,3 @@ class Mentor(nn.Module):
             raise InputError(f"these weights draw pictures of up to {largest} pixels a side, in steps of {factor}, "
                              f"not {size}")
         return size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What only speed decided; everything above computes the same without it (on a CPU see also weights.FewRowsLinear)
-
-def compile_blocks(decoder):
-    """Compiles the blocks on the first call, all of them as one; falls back to eager where no compiler is found."""
-    torch._dynamo.config.suppress_errors = True
-    for layer in decoder.layers:
-        layer.compile()
-
-
-class Graphs:
-    """Replays a decoding step as CUDA graphs, one for each window of the cache: no time for Python and launches.
-
-    The first step of a window runs as it is, which also warms up; the second is captured; all further ones are replays.
-    step: takes and returns tensors of the device. Not yet run on a GPU.
-    """
-
-    def __init__(self, step, cache):
-        cache.stride = 256
-        self.step, self.cache = step, cache
-        self.inputs, self.captured = None, {}                  # window -> None after its first step, (graph, output)
-
-    def __call__(self, *inputs):
-        window = self.cache.window
-        if window not in self.captured:
-            self.captured[window] = None
-            return self.step(*inputs)
-        if self.inputs is None:
-            self.inputs = [tensor.clone() for tensor in inputs]            # a graph reads the same memory every time
-        if self.captured[window] is None:
-            graph, length = torch.cuda.CUDAGraph(), self.cache.length
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # a loader's thread may allocate
-                output = self.step(*self.inputs)               # records what the device is to do, and does nothing
-            self.captured[window], self.cache.length = (graph, output), length
-        graph, output = self.captured[window]
-        for memory, tensor in zip(self.inputs, inputs):
-            memory.copy_(tensor)
-        graph.replay()
-        self.cache.length += 1                                 # Python's count; the device's is part of the graph
-        return output.clone()

@@ -177,7 +177,7 @@ def look(args):
     if args.tokenizer:
         processor = data.Processor(weights.load_tokenizer(args.tokenizer), max_tokens=args.max_tokens)
     else:                                                      # no prompt is too long for this one
-        processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16)
+        processor = data.Processor(weights.byte_tokenizer(), image_tokens=1, max_tokens=1 << 16)
     dataset = data.TaskData(args.data, processor, 256, backgrounds=args.backgrounds, unusable=1)
     shown = {task: [] for task in dataset.tasks}
     for sample in usable_samples(dataset, args.workers):
@@ -205,7 +205,7 @@ def encode(args):
     device = cli.pick_device(None, ("cuda", "cpu"))
     vqgan, size = mentor.vqgan.to(device), mentor.check_size(args.size or mentor.config.image_size)
     # the codes are of the targets alone, so prompts and references are made as small as they can be
-    processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16, image_size=32)
+    processor = data.Processor(weights.byte_tokenizer(), image_tokens=1, max_tokens=1 << 16, image_size=32)
     dataset = data.TaskData(args.data, processor, size, backgrounds=args.backgrounds, unusable=1)
     samples, keys, tokens = usable_samples(dataset, args.workers), [], []
     while group := list(islice(samples, args.batch)):

@@ -23,7 +23,6 @@ from PIL import Image, PngImagePlugin
 
 import cli
 import data
-import model
 import weights
 from cli import InputError
 from rope2d import PREFIX_ROPE
@@ -151,7 +150,7 @@ def main(argv=None):
     if args.compile is None:
         args.compile = large and (device == "cpu" or args.n >= 32)     # on a GPU: a minute, to save 2 s an image
     if args.compile:
-        model.compile_blocks(mentor.decoder)
+        weights.compile_blocks(mentor.decoder)
 
     # the images
     prompt = args.prompt

@@ -38,6 +38,7 @@ import cli
 import data
 import weights
 from cli import InputError
+from encoder import CONNECTORS
 from model import PARTS, Mentor
 from rope2d import PREFIX_ROPE
 
@@ -55,7 +56,8 @@ class Stage:
     lr: float
     epochs: float = 1
     steps: int | None = None           # instead of epochs
-    prefix_tokens: int | None = 512    # room for so many prefix rows; None = as the weights it starts from
+    prefix_tokens: int | None = 512    # room for so many prefix rows, 512 at most with a query connector; None = as the
+                                       # weights it starts from
     prefix_rope: str | None = None     # rotation of the prefix; None = as the weights it starts from
     micro: int = 8                     # the largest micro-batch that is taken without being asked for
 
@@ -77,7 +79,16 @@ STAGES = {
     # several subjects, up to four reference images
     "multi": Stage(ENCODER_AND_DECODER, {"t2i": 600, "segment": 150, "recover": 150, "subject": 400, "multi": 1500},
                    "out/mentor/2", global_batch=128, lr=1e-4, prefix_tokens=1280),
+    # the further fine-tunings of appendix G: X2I's subject-driven set; in-context examples, here two pairs and a query;
+    # reconstruction alone (Table 5). The paper gives their lengths; the first two rates are ours
+    "subjects": Stage(ENCODER_AND_DECODER, {"multi": 1}, "out/mentor/2", global_batch=128, lr=5e-5, epochs=2,
+                      prefix_tokens=1280),
+    "icl": Stage(ENCODER_AND_DECODER, {"icl": 1}, "out/mentor/2", global_batch=128, lr=5e-5, epochs=10,
+                 prefix_tokens=1536),
+    "reconstruct": Stage(ENCODER_AND_DECODER, {"reconstruct": 1}, "out/mentor/2", global_batch=128, lr=1e-4,
+                         steps=1000),
 }
+QUERY_PREFIX = 512         # rows that serve every stage with a query connector, whose images take so few
 # what --stage 2 does where there is no data: a whole run in miniature; no other stage starts from it
 EXAMPLE = replace(STAGES["2"], init="tiny", global_batch=16, lr=5e-5, steps=60, prefix_tokens=None)
 EXAMPLE_DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "example")
@@ -110,6 +121,7 @@ def make_parser(stages, description):
     what = parser.add_argument_group("what (default: as the stage's row says)")
     what.add_argument("--stage", required=True, choices=stages)
     what.add_argument("--init", help="weights to start from, as sample.py --weights takes them")
+    what.add_argument("--connector", choices=CONNECTORS, help="begin a new one of this form")
     what.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix")
     what.add_argument("--prefix-tokens", type=cli.positive_int, help="room for so many prefix rows, if not more")
     what.add_argument("--size", type=cli.positive_int, help="pixels a side of the targets; default: the weights' own")
@@ -133,6 +145,7 @@ def make_parser(stages, description):
     machine.add_argument("--fsdp", action=yes_no, default=False, help="spread parameters, gradients and optimizer over "
                          "the ranks (FSDP2) instead of copying them (DDP)")
     machine.add_argument("--checkpoint-activations", action=yes_no, default=False, help="compute them twice")
+    machine.add_argument("--bf16", action=yes_no, help="bf16 products over fp32 weights; default: on a GPU")
     machine.add_argument("--compile", action=yes_no, default=False, help="compile the blocks of T5 and decoder")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FOLDER", help="default: out/mentor/STAGE")
@@ -255,8 +268,8 @@ def wrap(objective, args, ranks):
     if not args.fsdp:
         return DistributedDataParallel(objective, gradient_as_bucket_view=True)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    mentor.graphs = False                      # no graph can hold the talk between ranks
-    for block in [*mentor.encoder.clip.blocks, *blocks]:
+    mentor.replay = None                       # no graph can hold the talk between ranks
+    for block in [*mentor.encoder.clip.blocks, *weights.connector_blocks(mentor), *blocks]:
         fully_shard(block, mesh=mesh)
     return fully_shard(objective, mesh=mesh)
 
@@ -299,10 +312,9 @@ class Run:
     log: object                        # takes a line; silent but on rank 0
 
     def autocast(self, cache=True):
-        """bf16 products over fp32 weights on a GPU, plain fp32 elsewhere. cache: keep the weights' bf16 copies for
-        their next use, which a training step does not have."""
-        device = self.ranks.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=cache)
+        """bf16 products over fp32 weights, as --bf16 says. cache: keep the weights' bf16 copies for their next use,
+        which a training step does not have."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=cache)
 
     @contextmanager
     def evaluating(self):
@@ -324,13 +336,21 @@ class Run:
     def settings(self):
         """Everything that decides the losses, for a resumed run to compare; machine and output do not."""
         free = ("resume", "out", "device", "fsdp", "checkpoint_activations", "compile", "workers", "save_every",
-                "sample_every", "keep", "val", "codes", "without", "micro_batch", "dry_run", "gpus", "rate")
+                "sample_every", "keep", "val", "codes", "without", "micro_batch", "dry_run", "gpus", "rate", "bf16")
         given = {name: value for name, value in vars(self.args).items() if name not in free}
         config, recipe = self.mentor.config, asdict(replace(self.stage, epochs=0, micro=0))
         given["rows"] = getattr(self.train, "fingerprint", None)           # what the files hold; painted data has none
         derived = {"epochs": 0, "steps": self.steps, "samples": len(self.train), "size": config.image_size,
                    "prefix_tokens": config.prefix_tokens, "prefix_rope": config.decoder.prefix_rope}
         return json.loads(json.dumps({**given, **recipe, **derived}))                     # as JSON gives it back
+
+
+def prefix_room(args, stage):
+    """Prefix rows that a run makes room for, None = those of the weights."""
+    form = args.connector or weights.find_config(stage.init).connector
+    if form == "query" and stage.prefix_tokens and not args.prefix_tokens:
+        return min(stage.prefix_tokens, QUERY_PREFIX)
+    return stage.prefix_tokens
 
 
 def load_start(args, stage, log, command="train.py"):
@@ -342,7 +362,7 @@ def load_start(args, stage, log, command="train.py"):
                          f"{command} --stage {name}`, or name other weights by --init")
     try:
         return weights.load(stage.init, t5_decoder="caption" in stage.tasks, log=log, prefix_rope=stage.prefix_rope,
-                            prefix_tokens=stage.prefix_tokens, image_size=args.size)
+                            prefix_tokens=prefix_room(args, stage), image_size=args.size, connector=args.connector)
     except InputError as error:
         if args.init:
             raise
@@ -372,24 +392,12 @@ def task_data(args, stage, mentor, log):
 
 
 def choose_micro_batch(args, stage, mentor, ranks):
-    """Samples that a rank computes at once: as asked for, else the most that leave its GPU 8 GB free.
-
-    InputError where a step cannot fit, with flags under which it does.
-    """
+    """Samples that a rank computes at once: as asked for, else the most that leave its GPU 8 GB free."""
     sizes = [micro for micro in range(stage.micro, 0, -1) if stage.global_batch / ranks.world % micro == 0] or [1]
-    card = cli.card_memory(ranks.device)
+    card, way = cli.card_memory(ranks.device), weights.Way(args.fsdp, args.checkpoint_activations, args.micro_batch)
     if card is None:
         return args.micro_batch or sizes[0]
-    room = card if args.micro_batch else card - weights.SPARE
-    for micro in [args.micro_batch] if args.micro_batch else sizes:
-        way = weights.Way(args.fsdp, args.checkpoint_activations, micro)
-        needed = sum(weights.training_memory(mentor, stage.trains, ranks.world, way).values())
-        if needed <= room:
-            return micro
-    way = weights.way_to_fit(mentor, stage.trains, ranks.world, card, sizes)
-    advice = f"it fits with {way}" if way else "take more GPUs and --fsdp, or larger ones"
-    raise InputError(f"{micro} samples at once need {needed:.1f} GiB by estimate, but this GPU has {card:.1f} and 8 GB "
-                     f"should stay free; {advice}")
+    return weights.micro_batch_that_fits(mentor, stage.trains, ranks.world, card, way, sizes)
 
 
 def steps_of(stage, samples):
@@ -425,7 +433,9 @@ def check(run, before):
 
 def plan(args, stage):
     """Prints what a run would be, from its rows and its weights' sizes alone."""
-    config = weights.override(weights.find_config(stage.init), stage.prefix_rope, stage.prefix_tokens)
+    config = weights.override(weights.find_config(stage.init), stage.prefix_rope, prefix_room(args, stage))
+    if args.connector:
+        config = weights.with_connector(config, args.connector)
     with torch.device("meta"):
         mentor = weights.resize(Mentor(config, t5_decoder="caption" in stage.tasks), args.size)
     args.codes = None                          # encoding ahead changes neither rows nor memory
@@ -451,7 +461,7 @@ def report(run):
     print(f"batch: {run.micro} samples x {ranks.world} ranks x {run.accum} micro-batches = {stage.global_batch}")
     print(f"steps: {run.steps} of {stage.global_batch} samples, {len(run.train)} samples an epoch")
     way, card = weights.Way(args.fsdp, args.checkpoint_activations, run.micro), cli.card_memory(ranks.device)
-    rows = weights.training_memory(run.mentor, stage.trains, ranks.world, way, 2 if card else 4)
+    rows = weights.training_memory(run.mentor, stage.trains, ranks.world, way, 2 if args.bf16 else 4)
     print("memory per rank, estimated: " + ", ".join(f"{what} {gib:.2f}" for what, gib in rows.items())
           + f"; together {sum(rows.values()):.2f} GiB" + (f" of the GPU's {card:.1f}" if card else ""))
 
@@ -710,6 +720,8 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     stage, log) -> Mentor. before_step: called with (run, micro-batches, step). replace_old: a run in --out goes.
     """
     ranks = cli.Ranks.join(args.device)
+    if args.bf16 is None:
+        args.bf16 = ranks.device.type == "cuda"
     log = tqdm.write if ranks.rank == 0 else lambda line: None
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")

@@ -1,9 +1,9 @@
 """Weights: public files and saved folders in, a whole model out; complete, or an error that names what is missing.
 
-The public files of MENTOR, LlamaGen, CLIP, FLAN-T5 and LLaVA's connector are recognised by the tensors in them and
-read under the names that their authors gave (the tables CLIP_NAMES and T5_NAMES are beside the networks; LAYOUTS below
-says which parts of our model each file fills). A folder written by `save` is read the same way, with our own names.
-Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
+The public files of MENTOR, LlamaGen, CLIP, FLAN-T5, and LLaVA's and InstructBLIP's connectors are recognised by the
+tensors in them and read under the names that their authors gave (tables such as CLIP_NAMES are beside the networks;
+LAYOUTS below says which parts of our model each file fills). A folder written by `save` is read the same way, with our
+own names. Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
 
     mentor = weights.load("tiny")                    # or "mentor", "random", a folder, a hub repository
     python weights.py convert mentor out/mentor      # public files, downloaded if need be -> one folder of safetensors
@@ -34,7 +34,7 @@ from torch import nn
 import cli
 from cli import InputError
 from data import CAPTION_TOKENS, IMAGE
-from encoder import CLIP_NAMES, CONNECTORS, T5_NAMES, Connector
+from encoder import CLIP_NAMES, CONNECTORS, QUERY_NAMES, T5_NAMES, QueryConfig, make_connector
 from model import PARTS, SIZES, Mentor, MentorConfig, Sampling
 from rope2d import PREFIX_ROPE
 
@@ -51,7 +51,9 @@ HUB = {     # name for --weights: the public files it is made of, as (repository
 DEMO = Sampling(cfg_scale=2.5, temperature=0.9, top_k=5000)    # how MENTOR's demo samples; LlamaGen's are the defaults
 LLAMAGEN_ROWS = 120                            # of its unconditional table
 BUNDLED = {"tiny": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny")}   # in the repository
-OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+WORDS = "qformer_tokenizer.json"               # BERT's, where a query connector reads it
+OWN_FILES = (*MODEL_FILES, WORDS)
 CHECKPOINT_FILES = (*OWN_FILES, "training.safetensors", "training.json", "checksums.json")
 
 
@@ -68,22 +70,31 @@ CLIP_TOWER = "multimodal_encoder.vision_model.vision_tower."
 LAYOUTS = {  # kind of public file: the parts that it fills
     "mentor": (Part("encoder.clip.", CLIP_TOWER, CLIP_NAMES, "vision."),
                Part("encoder.t5.", "multimodal_encoder.language_model.", T5_NAMES),
-               Part("encoder.connector.", "multimodal_encoder.language_projection."),
                Part("projector.", "", PROJECTOR_NAMES),
                Part("decoder.")),
     "decoder": (Part("projector.", "", PROJECTOR_NAMES), Part("decoder.")),
     "vqgan": (Part("vqgan."),),
     "t5": (Part("encoder.t5.", "", T5_NAMES),),
     "clip": (Part("encoder.clip.", "", CLIP_NAMES, "vision."),),
-    "connector": (Part("encoder.connector.", "model.mm_projector."),),
+    "connector": (),
+}
+MLP_PARTS = {   # kind of public file: the connector as it holds it, an MLP or a query connector
+    "mentor": Part("encoder.connector.", "multimodal_encoder.language_projection."),
+    "connector": Part("encoder.connector.", "model.mm_projector."),          # LLaVA's
+}
+QUERY_PARTS = {
+    "mentor": Part("encoder.connector.", "multimodal_encoder.", QUERY_NAMES),
+    "connector": Part("encoder.connector.", "", QUERY_NAMES),                # InstructBLIP's
 }
 MARKS = (   # a tensor whose name starts so tells the kind of file; the first that fits
     ("mentor", "multimodal_encoder."), ("decoder", "tok_embeddings."), ("vqgan", "quantize.embedding."),
-    ("clip", "vision_model."), ("t5", "encoder.block.0."), ("connector", "model.mm_projector."),
+    ("connector", "query_tokens"), ("clip", "vision_model."), ("t5", "encoder.block.0."),
+    ("connector", "model.mm_projector."),
 )
 EXTRAS = re.compile(   # in public files, but of no use here: bookkeeping, aliases, what CLIP needs only for scores
     r"(position_ids|quantize\.codebook_used|(encoder|decoder)\.embed_tokens\.weight)$"
     r"|^(text_model|text_projection|visual_projection|logit_scale)\b")
+OF_INSTRUCTBLIP = re.compile(r"^(vision_model|language_model)\.")           # its file holds those networks, too
 T5_DECODER = re.compile(r"^(decoder\.|lm_head\.)")
 
 
@@ -94,10 +105,17 @@ def public_name(name, table):
     return name
 
 
+CONNECTOR_MARKS = {     # a tensor that tells what kind of connector a file holds
+    "encoder.connector.queries": "query", "multimodal_encoder.query_tokens": "query", "query_tokens": "query",
+    "encoder.connector.0.weight": "mlp", "multimodal_encoder.language_projection.0.weight": "mlp",
+    "model.mm_projector.0.weight": "mlp",
+}
+
+
 def public_names(model, kind):
     """{public name: our name} of all tensors that a public file of that kind holds of the model."""
-    names = {}
-    for part in LAYOUTS[kind]:
+    connectors, names = QUERY_PARTS if model.config.connector == "query" else MLP_PARTS, {}
+    for part in [*LAYOUTS[kind], *([connectors[kind]] if kind in connectors else ())]:
         for name in model.state_dict():
             if name.startswith(part.ours):
                 in_table = part.in_table + name.removeprefix(part.ours)
@@ -246,11 +264,15 @@ def locate(weights):
         raise InputError(f"{weights}: no such folder of weights; name a folder, a hub repository (owner/name), or one "
                          f"of random, {', '.join([*BUNDLED, *HUB])}")
     paths = []
-    for repo, name in HUB.get(weights) or [(weights, name) for name in OWN_FILES]:
+    for repo, name in HUB.get(weights) or [(weights, name) for name in MODEL_FILES]:
         paths.append(download(repo, name))
-        if repo == weights and name == "config.json" and is_public_folder({name: paths[0]}):
-            raise InputError(f"{weights}: its config.json is another program's; name a repository with a folder that "
-                             "`weights.py convert` wrote, or download its files beside those that it needs (README)")
+        if repo == weights and name == "config.json":
+            if is_public_folder({name: paths[0]}):
+                raise InputError(f"{weights}: its config.json is another program's; name a repository with a folder "
+                                 "that `weights.py convert` wrote, or download its files beside those that it needs "
+                                 "(README)")
+            if reads_word_pieces(read_config(paths[0])):
+                paths.append(download(repo, WORDS))
         if name.endswith(".index.json"):
             for shard in shards(paths[-1]):
                 download(repo, shard)
@@ -285,6 +307,21 @@ def tokenizer_in(weights, paths):
         raise InputError(f"{weights}: tokenizer.json is missing; copy the one that belongs to these weights, FLAN-T5's "
                          f"with public files, into the folder")
     return load_tokenizer(paths["tokenizer.json"])
+
+
+def reads_word_pieces(config):
+    """Whether the query connector has a vocabulary of its own, BERT's, which is smaller than the prompt's."""
+    return config.connector == "query" and config.query.vocab_size <= config.image_id
+
+
+def words_in(weights, paths, config):
+    """The tokenizer that a query connector of its own vocabulary needs, else None."""
+    if not reads_word_pieces(config):
+        return None
+    if WORDS not in paths:
+        raise InputError(f"{weights}: {WORDS} is missing, the words that the query connector knows; copy BERT's "
+                         "tokenizer.json (google-bert/bert-base-uncased) under this name into the folder")
+    return load_tokenizer(paths[WORDS])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,8 +378,36 @@ def lengthen(tensors, name, rows, last=False):
     tensors[name] = torch.cat(parts)
 
 
-def fill_public(model, path, tensors, kind):
+def connector_in(tensors):
+    """The kind of connector that a file holds: "query", "mlp", or None."""
+    return next((kind for name, kind in CONNECTOR_MARKS.items() if name in tensors), None)
+
+
+def check_connector(tensors, config, path):
+    """Raises InputError where a file's connector is of another kind than the configuration's."""
+    kinds = {"query": "the query connector", "mlp": "an MLP for its connector"}
+    found, wanted = connector_in(tensors), "query" if config.connector == "query" else "mlp"
+    if found not in (None, wanted):
+        raise InputError(f"{path}: holds {kinds[found]} but the configuration ({config.connector}) asks for "
+                         f"{kinds[wanted]}; use the one that belongs to these weights, or train.py --connector, which "
+                         f"begins a new one")
+
+
+def renew_cross_attention(model, tensors, names):
+    """Where a Q-Former was made for patch features of another width (InstructBLIP's are ViT-g's), its keys and values
+    start anew. -> how many"""
+    state, generator, renewed = model.state_dict(), torch.Generator().manual_seed(0), 0
+    for public, ours in names.items():
+        if re.search(r"\.cross\.[kv]\.weight$", ours) and public in tensors:
+            if tensors[public].shape != state[ours].shape:
+                tensors[public] = torch.randn(state[ours].shape, generator=generator) * 0.02
+                renewed += 1
+    return renewed
+
+
+def fill_public(model, path, tensors, kind, log):
     """Puts one public file's tensors into the model, see LAYOUTS."""
+    check_connector(tensors, model.config, path)
     names = public_names(model, kind)
     prefix = {"mentor": "multimodal_encoder.language_model.", "t5": ""}.get(kind)
     if prefix is not None:                     # the token table may be stored under any of its three names
@@ -351,6 +416,12 @@ def fill_public(model, path, tensors, kind):
                 tensors.setdefault(prefix + "shared.weight", tensors[prefix + alias])
     if kind == "t5" and not hasattr(model.encoder.t5, "decoder"):
         tensors = {name: tensor for name, tensor in tensors.items() if not T5_DECODER.match(name)}
+    if kind == "connector":
+        tensors = {name: tensor for name, tensor in tensors.items() if not OF_INSTRUCTBLIP.match(name)}
+        if renew_cross_attention(model, tensors, names):
+            log(f"{path}: its Q-Former reads patch features of another width than CLIP's, so these keys and values are "
+                "new and untrained, good for text to image only until --stage connector has trained them")
+            model.config = replace(model.config, untrained=("encoder.connector",))
     tensors = {name: tensor for name, tensor in tensors.items() if name in names or not EXTRAS.search(name)}
     lengthen(tensors, "cls_embedding.uncond_embedding", model.config.prefix_tokens)
     fill_in(model, tensors, names, path)
@@ -369,6 +440,8 @@ def public_config(weights, files, log=print):
         raise InputError(f"{path}: a decoder of {layers} layers and width {width} is none of the sizes "
                          f"{', '.join(SIZES)}")
     config, uncond = sizes[0], tensors.get("cls_embedding.uncond_embedding")
+    if any(connector_in(tensors) == "query" for _, tensors in files.values()):
+        config = replace(config, connector="query")
     if uncond is not None and uncond.dim() == 2 and 0 < len(uncond) <= LIMITS["prefix_tokens"][1]:
         config = replace(config, prefix_tokens=len(uncond))
     if "mentor" in files:
@@ -391,6 +464,33 @@ def override(config, prefix_rope=None, prefix_tokens=None):
     """The same network with another rotation of the prefix, or with room for a longer one."""
     decoder = replace(config.decoder, prefix_rope=prefix_rope or config.decoder.prefix_rope)
     return replace(config, decoder=decoder, prefix_tokens=max(config.prefix_tokens, prefix_tokens or 0))
+
+
+def with_connector(config, form):
+    """The same network with another connector. A query connector reads the prompt's own tokens, and is as wide as T5
+    where that is narrower than BERT."""
+    t5, query = config.t5, replace(QueryConfig(), vocab_size=config.t5.vocab_size)
+    if t5.width < query.width:
+        query = replace(query, width=t5.width, layers=4, heads=t5.heads, mlp=t5.mlp, positions=64, queries=16,
+                        dropout=t5.dropout)
+    return replace(config, connector=form, query=query)
+
+
+def new_connector(mentor, form):
+    """The model with a new, untrained connector in place of its own. form: one of CONNECTORS -> Mentor"""
+    config, processor = mentor.config, mentor.processor
+    words = processor.words if form == config.connector else None
+    if form != config.connector:
+        config = with_connector(config, form)
+    config = replace(config, untrained=("encoder.connector",))
+    with torch.device("meta"):
+        model = Mentor(config, processor.tokenizer, hasattr(mentor.encoder.t5, "decoder"), words)
+    kept = {name: tensor for name, tensor in mentor.state_dict().items() if not name.startswith("encoder.connector.")}
+    model.load_state_dict(kept, strict=False, assign=True)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)                   # the same on every rank
+        model.encoder.connector = make_connector(config.vision.width, config.t5.width, form, config.query)
+    return model
 
 
 def resize(mentor, image_size):
@@ -430,18 +530,22 @@ LIMITS = {      # what the fields of a configuration may be, wherever they stand
     "latent": MANY, "code_width": (1, 1 << 14), "beta": (0, 1e6), "prefix_tokens": (1, 1 << 17),
     "image_id": (3, 1 << 24), "connector": set(CONNECTORS), "cfg_scale": (-1e6, 1e6), "temperature": (0, 1e6),
     "top_k": MANY, "top_p": (1e-9, 1),
-    "untrained": set(PARTS),
+    "queries": SOME, "positions": (1, 1 << 16), "cross_every": SOME, "untrained": set(PARTS),
 }
 
 
 def read_config(path):
     """The configuration in a config.json that `write` wrote; InputError names the file and the field."""
-    config = cli.from_json(MentorConfig, cli.read_json(path, CONFIGURATION), path, LIMITS, optional=("untrained",))
-    vision, decoder, vqgan = config.vision, config.decoder, config.vqgan
+    config = cli.from_json(MentorConfig, cli.read_json(path, CONFIGURATION), path, LIMITS,
+                           optional=("untrained", "query"))              # older files lack them
+    vision, decoder, vqgan, query = config.vision, config.decoder, config.vqgan, config.query
     widths = [vqgan.channels * multiplier for multiplier in (1, *vqgan.multipliers)]
     rules = (    # how the fields go together
         (vision.width % vision.heads == 0, "vision.heads must divide vision.width"),
         (vision.image_size % vision.patch_size == 0, "vision.patch_size must divide vision.image_size"),
+        (query.width % query.heads == 0, "query.heads must divide query.width"),
+        (config.connector != "query" or decoder.prefix_rope != "grid", "a query connector's rows have no place in the "
+         "image, so decoder.prefix_rope cannot be grid"),
         (decoder.width % (4 * decoder.heads) == 0, "decoder.width must be a multiple of 4 x decoder.heads"),
         (decoder.codes == vqgan.codes, "decoder.codes must equal vqgan.codes"),
         (0 < len(vqgan.multipliers) <= 8, "vqgan.multipliers must be 1 to 8 numbers"),
@@ -474,8 +578,9 @@ def load_folder(weights, paths, config, overrides, t5_decoder):
     if not t5_decoder:
         tensors = {name: tensor for name, tensor in tensors.items()
                    if not name.startswith(("encoder.t5.decoder.", "encoder.t5.lm_head."))}
+    check_connector(tensors, config, paths["model.safetensors"])
     with torch.device("meta"):
-        model = Mentor(config, tokenizer, t5_decoder)
+        model = Mentor(config, tokenizer, t5_decoder, words_in(weights, paths, config))
     lengthen(tensors, "projector.uncond", config.prefix_tokens, last=True)
     fill_in(model, tensors, {name: name for name in model.state_dict()}, paths["model.safetensors"])
     return model
@@ -485,7 +590,7 @@ def sort_public_files(weights, paths):
     """Public files told apart by the names of the tensors in them. -> {kind: (path, tensors)}"""
     files = {}
     for name, path in paths.items():
-        if name in ("config.json", "tokenizer.json"):
+        if name in ("config.json", "tokenizer.json", WORDS):
             continue
         tensors = read_tensors(path)
         kind = next((kind for kind, mark in MARKS if any(key.startswith(mark) for key in tensors)), None)
@@ -527,20 +632,17 @@ def load_public_files(weights, paths, config, overrides, t5_decoder, log):
         prefer_checkpoint(files, log)
     config = override(config or public_config(weights, files, log), **overrides)
     with torch.device("meta"):
-        model = Mentor(config, tokenizer, t5_decoder)
+        model = Mentor(config, tokenizer, t5_decoder, words_in(weights, paths, config))
     for kind, (path, tensors) in files.items():
-        fill_public(model, path, tensors, kind)
+        fill_public(model, path, tensors, kind, log)
     if "connector" not in files and "mentor" not in files:
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)               # the same on every rank
-            model.encoder.connector = Connector(config.vision.width, config.t5.width, config.connector)
-        model.config = replace(model.config, untrained=("encoder.connector",))
         log(f"{weights}: holds no connector; a new, untrained one is used, good for text to image only")
+        return new_connector(model, config.connector)
     return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products for decoding on a CPU: what only speed decided, the numbers are those of nn.Linear
+# Decoding: what only speed decided, the numbers are those of model.py without it
 
 COMPILED_ROWS, LEFT_ROWS = 8, 64   # up to so many rows a product on a CPU is faster as compiled sums, or weight first
 
@@ -585,6 +687,45 @@ def use_fast_products(decoder):
             module.__class__ = FewRowsLinear
 
 
+def compile_blocks(decoder):
+    """Compiles the blocks on the first call, all of them as one; falls back to eager where no compiler is found."""
+    torch._dynamo.config.suppress_errors = True
+    for layer in decoder.layers:
+        layer.compile()
+
+
+class Graphs:
+    """Replays a decoding step as CUDA graphs, one for each window of the cache: no time for Python and launches.
+
+    The first step of a window runs as it is, which also warms up; the second is captured; all further ones are replays.
+    step: takes and returns tensors of the device. Not yet run on a GPU.
+    """
+
+    def __init__(self, step, cache):
+        cache.stride = 256
+        self.step, self.cache = step, cache
+        self.inputs, self.captured = None, {}                  # window -> None after its first step, (graph, output)
+
+    def __call__(self, *inputs):
+        window = self.cache.window
+        if window not in self.captured:
+            self.captured[window] = None
+            return self.step(*inputs)
+        if self.inputs is None:
+            self.inputs = [tensor.clone() for tensor in inputs]            # a graph reads the same memory every time
+        if self.captured[window] is None:
+            graph, length = torch.cuda.CUDAGraph(), self.cache.length
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # a loader's thread may allocate
+                output = self.step(*self.inputs)               # records what the device is to do, and does nothing
+            self.captured[window], self.cache.length = (graph, output), length
+        graph, output = self.captured[window]
+        for memory, tensor in zip(self.inputs, inputs):
+            memory.copy_(tensor)
+        graph.replay()
+        self.cache.length += 1                                 # Python's count; the device's is part of the graph
+        return output.clone()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole models
 
@@ -611,17 +752,33 @@ def place(mentor, device, dtype, offload=False):
     mentor.decoder.to(later, dtype)
     mentor.vqgan.to(later)
     use_fast_products(mentor.decoder)
+    mentor.replay = Graphs
     return mentor.eval()
 
 
+def load_files(weights, config, overrides, t5_decoder, log):
+    """What `load` reads for any weights but random ones. -> Mentor"""
+    paths = {os.path.basename(path): path for path in locate(weights)}
+    if "config.json" in paths and "model.safetensors" in paths and not is_public_folder(paths):
+        return load_folder(weights, paths, config, overrides, t5_decoder)
+    if paths and paths.keys() <= set(OWN_FILES) and not is_public_folder(paths):
+        missing = next(name for name in MODEL_FILES if name not in paths)
+        raise InputError(f"{weights}: {missing} is missing; it lies beside the others where `weights.py convert` or a "
+                         "training run wrote them")
+    if not paths and cli.checkpoints(weights):
+        raise InputError(f"{weights}: holds no finished weights, only checkpoints; name one of them, such as "
+                         f"{cli.checkpoints(weights)[0]}")
+    return load_public_files(weights, paths, config, overrides, t5_decoder, log)
+
+
 def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=None, t5_decoder=False, offload=False,
-         log=print, **overrides):
+         connector=None, log=print, **overrides):
     """Reads a whole model; raises InputError unless every tensor is there and fits. -> Mentor, in eval mode
 
     weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
     holds either a saved model or public files under any names. config: instead of what the files say. image_size:
-    smaller than the weights' own. t5_decoder: also T5's captioning half. offload: see `place`. log: takes one line of
-    news. overrides: as `override` takes them.
+    smaller than the weights' own. t5_decoder: also T5's captioning half. offload: see `place`. connector: a new one of
+    this form in place of the weights' own. log: takes one line of news. overrides: as `override` takes them.
     """
     weights = str(weights)
     cli.pick_device(str(device))
@@ -630,19 +787,10 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=Non
         model = random_model(config, byte_tokenizer(), 0, t5_decoder)
         generator = torch.Generator().manual_seed(0)         # the published start, zero, would not look at its input
         torch.nn.init.normal_(model.decoder.output.weight, std=0.02, generator=generator)
-        return place(resize(model, image_size), device, dtype, offload)
-    paths = {os.path.basename(path): path for path in locate(weights)}
-    if "config.json" in paths and "model.safetensors" in paths and not is_public_folder(paths):
-        model = load_folder(weights, paths, config, overrides, t5_decoder)
-    elif paths and paths.keys() <= set(OWN_FILES) and not is_public_folder(paths):
-        missing = next(name for name in OWN_FILES if name not in paths)
-        raise InputError(f"{weights}: {missing} is missing; it lies beside the others where `weights.py convert` or a "
-                         "training run wrote them")
-    elif not paths and cli.checkpoints(weights):
-        raise InputError(f"{weights}: holds no finished weights, only checkpoints; name one of them, such as "
-                         f"{cli.checkpoints(weights)[0]}")
     else:
-        model = load_public_files(weights, paths, config, overrides, t5_decoder, log)
+        model = load_files(weights, config, overrides, t5_decoder, log)
+    if connector:
+        model = new_connector(model, connector)
     return place(resize(model, image_size), device, dtype, offload)
 
 
@@ -658,7 +806,7 @@ def write_tensors(tensors, path, metadata=None):
 
 
 def write(mentor, folder, state=None):
-    """Writes model.safetensors, config.json and tokenizer.json into a folder.
+    """Writes model.safetensors, config.json and the tokenizers into a folder.
 
     state: tensors to write in place of the model's own, for a model whose parameters are spread over processes.
     """
@@ -666,8 +814,12 @@ def write(mentor, folder, state=None):
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(asdict(mentor.config), file, indent=1)
     if mentor.processor:
-        with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
-            file.write(mentor.processor.tokenizer.to_str(pretty=True))
+        written = {"tokenizer.json": mentor.processor.tokenizer}
+        if reads_word_pieces(mentor.config):
+            written[WORDS] = mentor.processor.words
+        for name, tokenizer in written.items():
+            with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+                file.write(tokenizer.to_str(pretty=True))
 
 
 def check_out(folder):
@@ -770,19 +922,19 @@ def link(source, target):
 def publish(folder, out):
     """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works.
 
-    Three files cannot be replaced in one step. But all checkpoints of a run share configuration and tokenizer, so these
-    stay and model.safetensors alone is replaced. Where they differ, the old config.json, without which nothing reads
-    out/, goes first and the new one comes last: a kill in between leaves an incomplete model, never a mixed one.
+    Several files cannot be replaced in one step. But all checkpoints of a run share configuration and tokenizers, so
+    these stay and model.safetensors alone is replaced. Where they differ, the old config.json, without which nothing
+    reads out/, goes first and the new one comes last: a kill in between leaves an incomplete model, never a mixed one.
     """
     def same(name):
         return os.path.exists(os.path.join(out, name)) and filecmp.cmp(
             os.path.join(folder, name), os.path.join(out, name), shallow=False)
 
-    changed = [name for name in ("tokenizer.json", "config.json") if not same(name)]
+    lasting = [name for name in ("tokenizer.json", WORDS, "config.json") if os.path.exists(os.path.join(folder, name))]
+    changed = [] if all(map(same, lasting)) else lasting
     if changed:
         with suppress(FileNotFoundError):
             os.remove(os.path.join(out, "config.json"))
-        changed = ["tokenizer.json", "config.json"]
     for name in ("model.safetensors", *changed):
         link(os.path.join(folder, name), os.path.join(out, name))
 
@@ -870,6 +1022,11 @@ def trainable_blocks(mentor):
     return [block for stack in (*halves, mentor.decoder.layers) for block in stack]
 
 
+def connector_blocks(mentor):
+    """The transformer blocks of a query connector; an MLP has none."""
+    return list(getattr(mentor.encoder.connector, "blocks", ()))
+
+
 def stacks(mentor, trains, itemsize):
     """All blocks that gradients pass. Scores are not kept: attention is taken to be fused. -> list of Stack"""
     d, t5, rows, found = mentor.config.decoder, mentor.config.t5, mentor.config.prefix_tokens, []
@@ -887,10 +1044,26 @@ def stacks(mentor, trains, itemsize):
     return found
 
 
-def kept_for_backward(mentor, passed, itemsize, recomputed):
+NAMED = 8                  # words of a subject, as the formula takes them
+
+
+def connector_kept(mentor, itemsize):
+    """Bytes that a trained query connector keeps of a sample, its prefix full of pictures. An MLP's are so few that
+    they do not count."""
+    config, query, vision = mentor.config, mentor.config.query, mentor.config.vision
+    if config.connector != "query":
+        return 0
+    row = itemsize * (8 * query.width + 2 * query.mlp) + 10 * query.width      # norms' inputs in fp32, masks in bytes
+    patch = 2 * itemsize * (vision.width + query.width)                        # read in fp32, cast for keys and values
+    reading = -(-query.layers // query.cross_every)                            # layers that look at the patches
+    picture = query.layers * (query.queries + NAMED) * row + reading * vision.grid**2 * patch
+    return config.prefix_tokens // query.queries * picture
+
+
+def kept_for_backward(mentor, trains, passed, itemsize, recomputed):
     """-> bytes of the weights' bf16 copies, bytes of a sample's activations. passed: the stacks that gradients pass"""
     config, captions = mentor.config, hasattr(mentor.encoder.t5, "decoder")
-    outer = [mentor.encoder.connector]
+    outer = [mentor.encoder.connector] if "encoder.connector" in trains else []
     if not captions:
         outer += [mentor.projector, mentor.decoder.output]
     outputs = CAPTION_TOKENS * config.t5.vocab_size if captions else config.grid**2 * config.decoder.codes
@@ -902,6 +1075,8 @@ def kept_for_backward(mentor, passed, itemsize, recomputed):
     else:
         copied = matrices(*outer, *(stack.blocks for stack in passed))
         kept = sum(len(stack.blocks) * stack.kept for stack in passed) + loss
+    if "encoder.connector" in trains:
+        kept += connector_kept(mentor, itemsize)
     return 2 * copied if itemsize == 2 else 0, kept
 
 
@@ -929,9 +1104,10 @@ def training_memory(mentor, trains, ranks, way, itemsize=2):
     if "vqgan" not in trains:
         passed, outside, block = stacks(mentor, trains, itemsize), 0, 0
         if shards > 1:         # what FSDP gathers: all that lies outside of blocks, and the block at hand
-            outside = 4 * (total - numbers(*mentor.encoder.clip.blocks, *trainable_blocks(mentor)))
+            outside = 4 * (total - numbers(*mentor.encoder.clip.blocks, *connector_blocks(mentor),
+                                         *trainable_blocks(mentor)))
             block = 4 * max(numbers(stack.blocks[0]) for stack in passed)
-        copies, kept = kept_for_backward(mentor, passed, itemsize, way.recomputed)
+        copies, kept = kept_for_backward(mentor, trains, passed, itemsize, way.recomputed)
         # recomputing it, the next is gathered already and the gradients of the last are on their way
         backward = {"bf16 copies": copies, "activations": way.micro * kept,
                     "gathered": outside + block * (3 if way.recomputed else 1)}
@@ -955,6 +1131,20 @@ def way_to_fit(mentor, trains, ranks, card, sizes):
             if sum(training_memory(mentor, trains, ranks, way).values()) + SPARE <= card:
                 return way
     return None
+
+
+def micro_batch_that_fits(mentor, trains, ranks, card, way, sizes):
+    """The largest micro-batch that leaves a GPU of `card` GiB 8 GB free; that of `way`, if it names one, may take them
+    all. InputError where a step cannot fit, with flags under which it does."""
+    room = card if way.micro else card - SPARE
+    for micro in [way.micro] if way.micro else sizes:
+        needed = sum(training_memory(mentor, trains, ranks, way._replace(micro=micro)).values())
+        if needed <= room:
+            return micro
+    other = way_to_fit(mentor, trains, ranks, card, sizes)
+    advice = f"it fits with {other}" if other else "take more GPUs and --fsdp, or larger ones"
+    raise InputError(f"{micro} samples at once need {needed:.1f} GiB by estimate, but this GPU has {card:.1f} and 8 GB "
+                     f"should stay free; {advice}")
 
 
 def memory_table(mentor, trains, ranks, sizes=(8, 4, 2, 1)):

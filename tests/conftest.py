@@ -192,7 +192,8 @@ def networks(tmp_path_factory):
 # Training runs
 
 def write_data(folder, pictures=6, side=48):
-    """Images with captions and elliptic masks, as `prepare.py folder` reads them, and one row of two objects."""
+    """Images with captions and elliptic masks, as `prepare.py folder` reads them, one row of two objects, and one of
+    two examples and a query."""
     folder.mkdir()
     for i in range(pictures):
         stem = f"{('cat', 'dog', 'hat')[i % 3]}-{i:02}"
@@ -206,6 +207,8 @@ def write_data(folder, pictures=6, side=48):
     with open(folder / "data.jsonl", "a") as file:
         file.write(json.dumps({"input_text": "both", "source_image": "cat-00.png", "objects": ["cat", "hat"],
                                "image_path": ["cat-00.mask.png"] * 2}) + "\n")
+        file.write(json.dumps({"in_context": True, "input_text": "", "source_image": "dog-04.png", "image_path": [
+            "cat-00.png", "cat-03.png", "hat-02.png", "hat-05.png", "dog-01.png"]}) + "\n")
     return str(folder / "data.jsonl")
 
 

@@ -3,6 +3,7 @@ prompts need material from outside the repository."""
 import json
 import os
 import pathlib
+import re
 import tracemalloc
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_pixels_agree_with_the_golden_outputs(kind, size, step):
 
 def test_prompts_have_the_published_t5_layout():
     tokenizer = weights.load_tokenizer(material("MENTOR_TOKENIZERS", "tokenizers") / "t5" / "tokenizer.json")
-    processor = Processor(tokenizer, patches=256, max_tokens=512)
+    processor = Processor(tokenizer, image_tokens=256, max_tokens=512)
     assert processor.image_id == 32100
     image = Image.new("RGB", (300, 200), "red")
     prompt = data.prompt_for("subject", ["dog"], "A dog in the snow.")
@@ -60,8 +61,30 @@ def test_prompts_have_the_published_t5_layout():
         processor("only <image>", [image, image])
 
 
+def test_a_query_connector_reads_what_each_picture_shows_and_takes_32_tokens_for_it():
+    tokenizer = weights.load_tokenizer(material("MENTOR_TOKENIZERS", "tokenizers") / "t5" / "tokenizer.json")
+    processor, image = Processor(tokenizer, 32, 512, CLIP, words=tokenizer), Image.new("RGB", (9, 9))
+    lines = data.prompt_for("multi", ["dog"] * 13, "all of them")
+    sample = processor(lines, [image] * 13, ["dog", "black cat", *["hat"] * 11])
+    assert (sample["ids"] == 32100).sum() == 13 * 32 and sample["words"].shape == (13, 3)
+    assert tokenizer.decode(sample["words"][1].tolist()) == "black cat" and sample["words"][0, 2] == 0
+    assert processor("<image>" * 14, [image] * 14)["mask"].sum() < 512
+    assert tokenizer.decode(processor("<image>", [image])["words"][0].tolist()) == data.WHOLE
+    with pytest.raises(InputError, match="needs 52. tokens .14 picture.s. x 32 = 448, text 7.. but the prefix has 512; "
+                                         "use fewer reference pictures, weights with a longer prefix .train.py --stage "
+                                         "multi. or a shorter prompt"):
+        processor(data.prompt_for("multi", ["black cat"] * 14, "all of them"), [image] * 14)
+    with pytest.raises(InputError, match="2 subject.s. are named but the prompt shows 1 picture"):
+        processor("<image>", [image], ["dog", "cat"])
+    with pytest.raises(InputError, match="name of a subject is empty"):
+        processor("<image>", [image], [" "])
+    batch = data.collate([processor("none"), sample, processor("<image>", [image], ["dog"])])
+    assert batch["words"].shape == (14, 3) and batch["words"][13, 2] == 0 and len(batch["refs"]) == 14
+    assert data.collate([processor("none")])["words"].shape == (0, 1)
+
+
 def test_a_batch_stacks_its_samples_and_is_as_long_as_its_longest_prompt():
-    processor = Processor(weights.byte_tokenizer(), patches=4, max_tokens=64, image_size=CLIP)
+    processor = Processor(weights.byte_tokenizer(), image_tokens=4, max_tokens=64, image_size=CLIP)
     red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
     samples = [processor("<image> and <image>", [red, blue]), processor("none"), processor("<image>", [blue])]
     batch = data.collate(samples)
@@ -76,7 +99,7 @@ def test_a_batch_stacks_its_samples_and_is_as_long_as_its_longest_prompt():
 @pytest.mark.parametrize("images", ["one.png", ["one.png"], [np.zeros((9, 9, 3), np.uint8)],
                                     [Image.new("RGBA", (9, 9))]])
 def test_references_that_are_no_pictures_of_pillow_are_refused(images):
-    processor = Processor(weights.byte_tokenizer(), patches=4, max_tokens=64, image_size=CLIP)
+    processor = Processor(weights.byte_tokenizer(), image_tokens=4, max_tokens=64, image_size=CLIP)
     with pytest.raises(InputError, match="RGB pictures of Pillow; open files by data.open_image"):
         processor("The dog in <image>.", images)
 
@@ -128,7 +151,7 @@ def make(tmp_path):
 
 
 def load(paths, mixture=None, max_tokens=128, **options):
-    processor = Processor(weights.byte_tokenizer(), patches=4, max_tokens=max_tokens, image_size=CLIP)
+    processor = Processor(weights.byte_tokenizer(), image_tokens=4, max_tokens=max_tokens, image_size=CLIP)
     return TaskData([paths] if isinstance(paths, str) else paths, processor, SIZE, mixture, **options)
 
 
@@ -150,6 +173,51 @@ def flat(value):
 
 def same(a, b):
     return a.keys() == b.keys() and all(flat(a[key]) == flat(b[key]) for key in a)
+
+
+def test_examples_come_in_pairs_before_the_query_and_the_prompt_names_all_in_order(make):
+    images = [make.image(f"{i}.png", i) for i in range(6)]
+    row = {"in_context": True, "source_image": images[5], "image_path": images[:5]}
+    words = {"words": weights.byte_tokenizer()}
+    own_prompt = "<image>,<image>,<image>,<image>;<image>?"
+    path = make.rows(row, row | {"input_text": "do so"}, row | {"input_text": own_prompt},
+                     row | {"image_path": images[:3], "input_text": "", "objects": ["a", "b", "c"]})
+    dataset = TaskData([path], Processor(weights.byte_tokenizer(), 4, 256, CLIP, **words), SIZE)
+    assert dataset.counts == {"icl": 4}
+    samples = [dataset.sample("icl", dataset.rows[i], 0, np.random.default_rng(0), []) for i in range(4)]
+    pairs = "Input 1: <image> output 1: <image>\nInput 2: <image> output 2: <image>\nInput 3: <image> output 3:"
+    assert [sample["prompt"] for sample in samples] == [
+        pairs, f"{pairs} do so", own_prompt,
+        "Input 1: <image> output 1: <image>\nInput 2: <image> output 2:"]
+    for i, name in enumerate(images[:5]):
+        assert torch.equal(samples[0]["refs"][i], data.clip_pixels(open_image(make.path / name), CLIP))
+    assert torch.equal(samples[0]["target"], data.target_pixels(open_image(make.path / images[5]), SIZE))
+    assert len(samples[0]["words"]) == 5 and len(samples[3]["words"]) == 3
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"image_path": ["a.png", "b.png"]}, "2 path.s. in image_path, but examples are pairs of input and output"),
+    ({"image_path": ["a.png"]}, "1 path.s. in image_path, but examples are pairs"),
+    ({"image_path": []}, '"image_path" is missing; a row of task icl needs it'),
+    ({"source_image": ""}, '"source_image" is missing'),
+    ({"in_context": "yes"}, '"in_context" must be true or false')])
+def test_a_row_of_examples_that_are_no_pairs_is_named_with_its_line(make, change, said):
+    path = make.rows({"in_context": True, "source_image": "t.png", "image_path": ["a.png", "b.png", "c.png"]} | change)
+    problem, = data.Rows([path]).problems
+    assert problem.startswith("train.jsonl:1: ") or "train.jsonl:1: " in problem
+    assert re.search(said, problem), problem
+
+
+@pytest.mark.parametrize("objects, said", [(["cat", " "], "name of a subject is empty"),
+                                           (["cat"], "1 subject.s. are named but the prompt shows 2 picture")])
+def test_a_row_without_the_words_that_a_query_connector_reads_is_named_with_its_line(make, objects, said):
+    images = [make.image(f"{i}.png", i) for i in range(3)]
+    good = {"source_image": images[0], "input_text": "<image> <image>", "image_path": images[1:],
+            "input_img_list": True}
+    path = make.rows(good, good | {"objects": objects})
+    dataset = TaskData([path], Processor(weights.byte_tokenizer(), 4, 128, CLIP, weights.byte_tokenizer()), SIZE)
+    problems = sum((dataset[k]["problems"] for k in range(8)), [])
+    assert problems and all(re.search(rf"train.jsonl:2: .*{said}", problem) for problem in problems)
 
 
 def test_every_task_has_its_published_prompt_references_and_target(make):

@@ -4,7 +4,8 @@ import torch
 from conftest import TINY, Golden, close, t5_config, vision_config
 
 from cli import InputError
-from encoder import CLIP_NAMES, T5, T5_NAMES, ClipVision, Connector, MultimodalEncoder, T5Config
+from encoder import (CLIP_NAMES, QUERY_NAMES, T5, T5_NAMES, ClipVision, Connector, MultimodalEncoder, QueryConfig,
+                     QueryConnector, T5Config)
 from weights import public_name
 
 
@@ -85,8 +86,42 @@ def test_each_image_fills_its_own_image_rows_in_order():
 
 def test_a_wrong_number_of_image_tokens_is_an_error_that_counts_them():
     encoder, ids, mask, refs = encoder_and_prompts()
-    with pytest.raises(InputError, match="48 <image> tokens but 2 reference pictures give 32 patches"):
+    with pytest.raises(InputError, match="48 <image> tokens but 2 reference pictures become 32 rows"):
         encoder(ids, mask, refs[:2])
+
+
+def query_connector(g):
+    c = g.config["config"]
+    config = QueryConfig(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"],
+                         c["vocab_size"], c["max_position_embeddings"], c["query_tokens"],
+                         c["cross_attention_frequency"])
+    connector = QueryConnector(config, c["encoder_hidden_size"], c["projection"])
+    return g.fill_by_table(connector, QUERY_NAMES), g.noise("features", (2, 17, c["encoder_hidden_size"]))
+
+
+def test_the_query_connector_agrees_with_the_golden_outputs():
+    g = Golden("qformer-small")
+    connector, patches = query_connector(g)
+    words = g["input_ids"] * g["attention_mask"]
+    close(connector(patches, words), g["projected"], 1e-4)
+    close(connector(patches[1:], words[1:, :4]), g["projected"][1:], 1e-4)               # its other words are padding
+
+
+def test_the_query_connector_reads_words_and_patches_and_gives_as_many_rows_whatever_their_number():
+    connector, patches = query_connector(Golden("qformer-small"))
+    words = torch.tensor([[3, 4], [3, 5]])
+    rows = connector(patches, words)
+    assert rows.shape == connector(patches[:, :5], words).shape == (2, 8, 96)
+    for other in (connector(patches, words.flip(0)), connector(patches.flip(0), words)):
+        assert (other - rows).abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+@pytest.mark.gradients
+def test_a_query_connector_without_images_has_gradients_of_zero_and_not_none():
+    connector = QueryConnector(QueryConfig(32, 2, 2, 48, 20, 8, 4), 16, 24)
+    connector(torch.zeros(0, 9, 16), torch.zeros(0, 1, dtype=torch.long)).sum().backward()
+    for name, parameter in connector.named_parameters():
+        assert parameter.grad is not None and (parameter.grad == 0).all(), name
 
 
 def test_both_published_connectors_can_be_built():

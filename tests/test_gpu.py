@@ -37,7 +37,7 @@ import data
 import sample
 import train
 import weights
-from model import SIZES, Decoder, DecoderConfig, Mentor, MentorConfig, Sampling, compile_blocks, guide, sample_tokens
+from model import SIZES, Decoder, DecoderConfig, Mentor, MentorConfig, Sampling, guide, sample_tokens
 
 CUDA, CARDS = "cuda", torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")]
@@ -165,7 +165,7 @@ def test_compiled_blocks_give_the_logits_of_plain_ones_and_as_graphs_the_same_to
     model, prefix = network(dtype), random_prefix([203, 90], dtype)
     tokens = model.generate(prefix, [0, 1], UNGUIDED)
     plain = step_logits(model, prefix, tokens)
-    compile_blocks(model.decoder)
+    weights.compile_blocks(model.decoder)
     torch._dynamo.config.suppress_errors = False               # what does not compile is to be seen here
     assert_near(step_logits(model, prefix, tokens), plain, error, agreeing)        # at a near tie rounding decides
     assert counters["stats"]["unique_graphs"] > 0

@@ -102,11 +102,14 @@ def pretended(storages, mesh):
 
 
 def full_batch(config, micro, captions):
-    """Prefixes of full length with one image, and target pixels."""
+    """Prefixes of full length with one image, or with query connectors as many as fit, and target pixels."""
     batch = {"ids": torch.full((micro, config.prefix_tokens), 5), "refs": torch.empty(micro, 3, 224, 224),
              "mask": torch.ones(micro, config.prefix_tokens, dtype=torch.bool),
              "drop": torch.zeros(micro, dtype=torch.bool),
              "target": torch.empty(micro, 3, config.image_size, config.image_size)}
+    if config.connector == "query":
+        images = micro * (config.prefix_tokens // config.query.queries)
+        batch |= {"refs": torch.empty(images, 3, 224, 224), "words": torch.ones(images, 8, dtype=torch.long)}
     if captions:
         batch["labels"] = torch.zeros(micro, CAPTION_TOKENS, dtype=torch.long)
     return batch
@@ -160,8 +163,10 @@ def cases():
 
 
 @pytest.mark.parametrize("stage, shards, recomputed, micro", list(cases()))
-def test_the_formula_is_within_5_percent_of_a_count(stage, shards, recomputed, micro):
-    config = replace(MentorConfig(), prefix_tokens=FULL_SIZE[stage])
+@pytest.mark.parametrize("connector", ["released", pytest.param("query", marks=pytest.mark.full)])
+def test_the_formula_is_within_5_percent_of_a_count(connector, stage, shards, recomputed, micro):
+    rows = 512 if connector == "query" else FULL_SIZE[stage]
+    config = replace(MentorConfig(), connector=connector, prefix_tokens=rows)
     with torch.device("meta"):
         mentor = Mentor(config, t5_decoder=stage == "connector")
     way = weights.Way(shards > 1, recomputed, micro)

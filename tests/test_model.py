@@ -3,6 +3,7 @@ import contextlib
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ import cli
 import data
 import weights
 from cli import InputError
-from model import (SIZES, Decoder, Graphs, KVCache, Mentor, MentorConfig, Prefix, Sampling, compile_blocks, guide,
-                   left_pad, make_mask, sample_tokens)
+from encoder import QueryConfig
+from model import (SIZES, Decoder, KVCache, Mentor, MentorConfig, Prefix, Sampling, guide, left_pad, make_mask,
+                   sample_tokens)
 from vqgan import VQConfig
 
 
@@ -141,7 +143,7 @@ def test_compiled_blocks_sample_the_tokens_of_the_plain_loop():
     prefix, sampling = random_prefix([20, 9]), Sampling(3.0, 0, 64)
     plain = model.generate(prefix, [0, 1], sampling)
     weights.use_fast_products(model.decoder)
-    compile_blocks(model.decoder)
+    weights.compile_blocks(model.decoder)
     assert torch.equal(model.generate(prefix, [0, 1], sampling), plain)
 
 
@@ -202,7 +204,7 @@ def test_steps_recorded_as_graphs_do_what_steps_do(monkeypatch):
     device, before = Device(model, prefix), (tokens.clone(), uniform.clone())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(device))
     monkeypatch.setattr(torch.cuda, "graph", device.record)
-    step = Graphs(device.step, device.cache)
+    step = weights.Graphs(device.step, device.cache)
     device.cache.stride = 16                                   # small, so that several windows are met
     close(outputs_of(step), expected, 1e-5)
     assert device.counts == {"plain": 3, "recorded": 3, "replayed": 33}    # three windows, each begun with a plain step
@@ -315,6 +317,28 @@ def test_losses_are_the_cross_entropy_of_every_token_given_those_before_it():
     changed = batch | {"tokens": torch.cat([batch["tokens"][:, :20], (batch["tokens"][:, 20:] + 1) % 64], dim=1)}
     difference = (model(changed) - losses).abs().amax(dim=0)
     assert difference[:20].max() < 1e-5 and difference[20:].min() > 1e-5
+
+
+@pytest.mark.parametrize("connector", ["released", "query"])
+def test_the_number_of_pictures_may_vary_inside_a_batch(connector):
+    torch.manual_seed(0)
+    query = QueryConfig(32, 2, 4, 48, vocab_size=264, positions=16, queries=6)
+    config = replace(TINY, connector=connector, query=query, prefix_tokens=96)
+    model = Mentor(config, weights.byte_tokenizer()).eval()
+    torch.nn.init.normal_(model.decoder.output.weight)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 30, 3), dtype=np.uint8)) for i in range(4)]
+    samples, words = [], ["one", "two and", "three", "four"]
+    for n in (0, 4, 1, 2):
+        samples.append(model.processor("<image> " * n, images[:n], words[:n]) | {"tokens": torch.arange(36)})
+        assert (samples[-1]["ids"] == 259).sum() == model.encoder.image_tokens * n
+    together = model(data.collate(samples))
+    for i, sample in enumerate(samples):
+        close(together[i:i + 1], model(data.collate([sample])), 1e-4)
+
+
+def test_a_query_connectors_rows_have_no_place_for_the_grid_rotation():
+    with pytest.raises(InputError, match="turns image rows by the place of their patch, but the query"):
+        Mentor(replace(TINY, connector="query", decoder=replace(TINY.decoder, prefix_rope="grid")))
 
 
 def test_losses_of_target_pixels_are_those_of_their_tokens():

@@ -52,12 +52,13 @@ def every_task(folder):
         base | {"image_path": "1.png", "objects": "cat", "swapped_text": "the other scene"},
         base | {"image_path": ["mask0.png", "mask1.png"], "objects": ["cat", "sky"]},
         base | {"image_path": ["2.png", "3.png"], "objects": ["cat", "sky"], "input_img_list": True},
+        base | {"image_path": ["1.png", "2.png", "3.png"], "in_context": True},
         {"source_image": "gone.png"},
     ])
 
 
 def load(path, **options):
-    processor = data.Processor(weights.byte_tokenizer(), patches=4, max_tokens=128, image_size=CLIP)
+    processor = data.Processor(weights.byte_tokenizer(), image_tokens=4, max_tokens=128, image_size=CLIP)
     return TaskData([path], processor, SIZE, **options)
 
 
@@ -85,7 +86,7 @@ def encoded(tmp_path, capsys):
 
 def test_encoded_targets_stand_in_for_pixels(encoded):
     train, codes, printed, mentor = encoded
-    assert "train.jsonl:8: " in printed
+    assert "train.jsonl:9: " in printed
     pixels, tokens = load(train), load(train, codes=weights.Codes(codes, mentor.vqgan, SIZE))
     for task in data.TASKS:
         entries = pixels.entries[task][:-1] if task == "reconstruct" else pixels.entries[task]

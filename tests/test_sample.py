@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import cli
+import model
 import sample
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def test_the_prompt_follows_the_template_of_its_task(tmp_path, args, prompt):
     (["--prompt", "<image> and <image>", "--ref", DOG], "2 <image> but 1 reference"),
     (["--prompt", "<image>"], "1 <image> but 0 reference"),
     (["--prompt", "x", *["--ref", DOG] * 9], "576"),           # 9 pictures x 64 patches; the prefix has 512 tokens
-    (["--prompt", "word " * 200], "but the prefix has 512; use fewer reference pictures or a shorter prompt"),
+    (["--prompt", "word " * 200], "but the prefix has 512; use a shorter prompt"),
     (["--prompt", "x", "--subject", "dog"], "--subject names a reference picture"),
     (["--prompt", "x", "--ref", DOG, "--subject", "a", "--subject", "b"], "2 --subject were given for 1 --ref"),
     (["--task", "segment"], "takes one --ref but 0 were given"),
@@ -197,7 +198,7 @@ def test_too_little_memory_is_one_sentence_that_says_what_helps(tmp_path, monkey
     def sampling(self, *args, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
-    monkeypatch.setattr(sample.model.Mentor, "sample", sampling)
+    monkeypatch.setattr(model.Mentor, "sample", sampling)
     with pytest.raises(cli.InputError, match="out of memory .*try --offload, --dtype bf16, or a smaller --n or --size"):
         draw("--prompt", "x", "--out", tmp_path)
 

@@ -181,10 +181,56 @@ def test_each_stage_moves_its_parts_and_no_other_by_a_bit_and_leaves_a_model(toy
 
 
 @pytest.mark.parametrize("stage", ["connector", *(pytest.param(stage, marks=pytest.mark.full)
-                                                   for stage in ("rope", "1", "2", "multi"))])
+                                                   for stage in STAGES if stage != "connector")])
 def test_each_stage_runs_on_two_processes(toy, tmp_path, stage):
     finish(run(command(toy, tmp_path, stage=stage, steps=1), processes=2))
     assert len(losses(tmp_path)) == 1 and (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["connector", "2", *(pytest.param(stage, marks=pytest.mark.full)
+                                                        for stage in ("1", "multi", "icl"))])
+def test_a_query_connector_trains_in_each_stage_and_resumes_exactly(toy, tmp_path, stage):
+    init = toy[0]
+    if stage != "connector":
+        train.main([*command(toy, tmp_path / "connector", "--connector", "query", stage="connector", steps=1)])
+        init = str(tmp_path / "connector")
+    flags = ["--connector", "query"] if stage == "connector" else ["--init", init]
+    train.main([*command(toy, tmp_path / "whole", *flags, stage=stage, steps=4), "--save-every", "2"])
+    before = weights.load(init, connector="query" if stage == "connector" else None)
+    after = weights.load(tmp_path / "whole")
+    assert after.config.connector == "query" and not after.config.untrained and after.config.prefix_tokens <= 512
+    moved = any(not torch.equal(a, b) for a, b in zip(before.encoder.connector.parameters(),
+                                                      after.encoder.connector.parameters()))
+    assert moved == ("encoder.connector" in train.STAGES[stage].trains)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "step-00000004")
+    train.main([*command(toy, tmp_path / "cut", *flags, stage=stage, steps=4), "--save-every", "2", "--resume"])
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
+def test_two_processes_with_a_query_connector_equal_one(toy, tmp_path, fsdp):
+    train.main(command(toy, tmp_path / "connector", "--connector", "query", stage="connector", steps=1))
+    flags = ["--micro-batch", 1, "--init", tmp_path / "connector"]
+    finish(run(command(toy, tmp_path / "two", *flags, fsdp, stage="multi"), processes=2))
+    train.main(command(toy, tmp_path / "one", *flags, stage="multi"))
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["icl", "subjects", "reconstruct"])
+def test_the_further_fine_tunings_resume_exactly_and_are_the_same_on_two_processes(toy, tmp_path, stage):
+    flags = ["--micro-batch", 1]
+    train.main(command(toy, tmp_path / "one", *flags, stage=stage))
+    finish(run(command(toy, tmp_path / "two", *flags, "--save-every", 1, stage=stage), processes=2))
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+    shutil.rmtree(tmp_path / "two" / "step-00000003")
+    whole = losses(tmp_path / "two")
+    finish(run(command(toy, tmp_path / "two", *flags, "--save-every", 1, "--resume", stage=stage), processes=2))
+    assert losses(tmp_path / "two") == whole
 
 
 @pytest.mark.parametrize("stage", ["1", "connector"])
@@ -326,6 +372,15 @@ def test_a_run_killed_at_any_change_of_a_name_goes_on_from_whole_files_and_leave
         assert losses(out) == losses(whole)
         assert_same_weights(out, whole, 0)
         assert sorted(os.listdir(out)) == sorted(os.listdir(whole)), number
+
+
+def test_bf16_products_over_fp32_weights_are_a_choice_on_the_cpu(toy, tmp_path):
+    for name, flags in {"default": (), "fp32": ["--no-bf16"], "bf16": ["--bf16"]}.items():
+        train.main([*command(toy, tmp_path / name, "--lr", 1e-4), *flags])
+    assert losses(tmp_path / "default") == losses(tmp_path / "fp32") != losses(tmp_path / "bf16")
+    np.testing.assert_allclose(losses(tmp_path / "fp32"), losses(tmp_path / "bf16"), rtol=1e-2)
+    tensors = load_file(tmp_path / "bf16" / "step-00000003" / "training.safetensors")
+    assert all(tensor.dtype != torch.bfloat16 for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "training.json", "config.json"])

@@ -20,11 +20,12 @@ import torch
 from conftest import TINY, close, material
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
 import weights
 from cli import InputError
-from encoder import CLIP_NAMES
+from encoder import CLIP_NAMES, QueryConfig
 from model import SIZES, Mentor, MentorConfig, Sampling
 from scorers import CLIP_TEXT_NAMES, Clip, TextConfig
 from weights import byte_tokenizer
@@ -125,6 +126,84 @@ def test_the_whole_of_clip_has_its_public_names_and_shapes():
 def test_a_mentor_checkpoint_loads_completely(tmp_path, bare):
     model = random_model()
     assert same(model, load(write_folder(tmp_path, model, ["mentor", "vqgan"], bare)))
+
+
+WITH_QUERIES = replace(TINY, connector="query", query=QueryConfig(32, 2, 2, 48, 120, 16, 4, dropout=0.0))
+
+
+def query_model(config=WITH_QUERIES, seed=0):
+    """Its connector reads words of its own, of which there are 120."""
+    torch.manual_seed(seed)
+    pieces = Tokenizer(models.WordPiece({word: i for i, word in enumerate(["[PAD]", "[UNK]", "cat", "##s"])}))
+    pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = Mentor(config, byte_tokenizer(), words=pieces).eval()
+    torch.nn.init.normal_(model.decoder.output.weight)
+    return model
+
+
+@pytest.mark.parametrize("kinds", [["mentor", "vqgan"], ["vqgan", "decoder", "t5", "clip", "connector"]])
+def test_query_connectors_load_under_the_releases_and_instructblips_names(tmp_path, kinds):
+    model = query_model()
+    folder = write_folder(tmp_path / "public", model, kinds)
+    with pytest.raises(InputError, match="qformer_tokenizer.json is missing, the words that the query connector knows"):
+        weights.load(folder, config=WITH_QUERIES)
+    model.processor.words.save(f"{folder}/{weights.WORDS}")
+    if "connector" in kinds:                   # as in InstructBLIP's file, which holds its other networks too
+        extra = {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.zeros(6), "language_model.shared.weight":
+                 torch.zeros(2, 2), "qformer.embeddings.position_ids": torch.arange(16)[None]}
+        torch.save(torch.load(f"{folder}/connector.bin") | extra, f"{folder}/connector.bin")
+    loaded = weights.load(folder, config=WITH_QUERIES)
+    assert same(model, loaded) and not loaded.config.untrained
+    weights.save(loaded, tmp_path / "saved")
+    again = weights.load(tmp_path / "saved")
+    assert same(model, again) and again.config.connector == "query"
+    image = Image.new("RGB", (20, 20), "red")
+    read = [each.processor("<image>", [image], ["cats"])["words"] for each in (model, again)]
+    assert read[0].tolist() == read[1].tolist() == [[2, 3]]
+    (tmp_path / "saved" / weights.WORDS).unlink()
+    with pytest.raises(InputError, match="qformer_tokenizer.json is missing"):
+        weights.load(tmp_path / "saved")
+
+
+def test_a_q_former_for_other_patch_features_starts_with_new_keys_and_values(tmp_path):
+    model, news = query_model(), []
+    folder = write_folder(tmp_path, query_model(replace(WITH_QUERIES, vision=replace(TINY.vision, width=40)), seed=1),
+                          ["connector"])
+    write_folder(tmp_path, model, ["vqgan", "decoder", "t5", "clip"])
+    model.processor.words.save(f"{folder}/{weights.WORDS}")
+    loaded = weights.load(folder, config=WITH_QUERIES, log=news.append)
+    assert loaded.config.untrained == ("encoder.connector",) and "patch features of another width" in news[0]
+    assert same(model, loaded, but=("encoder.connector",))
+    assert loaded.encoder.connector.blocks[0].cross.k.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("kinds", [["mentor", "vqgan"], ["vqgan", "decoder", "t5", "clip", "connector"], []])
+def test_a_connector_of_the_other_kind_is_named(tmp_path, kinds):
+    for model, config, said in ((random_model(), WITH_QUERIES, "holds an MLP for its connector but the configuration "
+                                 ".query. asks for the query connector"),
+                                (query_model(), TINY, "holds the query connector but the configuration .released. asks "
+                                 "for an MLP")):
+        folder = tmp_path / config.connector
+        if kinds:
+            write_folder(folder, model, kinds)
+        else:
+            weights.save(model, folder)
+        query_model().processor.words.save(f"{folder}/{weights.WORDS}")
+        with pytest.raises(InputError, match=said):
+            weights.load(folder, config=config)
+
+
+def test_a_new_connector_takes_the_place_of_the_weights_own(tmp_path):
+    model = random_model()
+    weights.save(model, tmp_path / "f")
+    for form in ("released", "query"):
+        loaded = weights.load(tmp_path / "f", connector=form)
+        assert loaded.config.connector == form and loaded.config.untrained == ("encoder.connector",)
+        parts = ("encoder.clip", "encoder.t5", "projector", "decoder", "vqgan")
+        assert all(same(model.get_submodule(part), loaded.get_submodule(part)) for part in parts)
+    assert not same(model.encoder.connector, weights.load(tmp_path / "f", connector="released").encoder.connector)
+    loaded.config = replace(loaded.config, untrained=())
+    assert torch.isfinite(sampled(loaded, "The cat in <image>.", [Image.new("RGB", (30, 30))])).all()
 
 
 def test_separate_public_files_load_completely(tmp_path):
@@ -406,7 +485,7 @@ def changed(config, field, value):
 @pytest.mark.parametrize("field, value, said", [
     ("decoder.prefix_rope", "sideways", "must be one of grid, identity, zero"),
     ("decoder.prefix_rope", ["zero"], "must be a text"),
-    ("connector", "new", "must be one of paper, released"),
+    ("connector", "new", "must be one of paper, query, released"),
     ("untrained", 1, "must be a list"), ("untrained", [1], "must be a text"),
     ("untrained", ["encoder.nose"], "must be one of"), ("untrained", "decoder", "must be a list"),
     ("decoder.heads", 3, "decoder.width must be a multiple of 4 x decoder.heads"),
@@ -552,7 +631,7 @@ def test_a_saved_file_is_read_by_whom_other_files_are(tmp_path):
     finally:
         os.umask(before)
     assert {name: os.stat(tmp_path / "f" / name).st_mode & 0o777 for name in os.listdir(tmp_path / "f")} == \
-        dict.fromkeys(weights.OWN_FILES, 0o640)
+        dict.fromkeys(weights.MODEL_FILES, 0o640)
 
 
 def test_numbers_too_large_for_fp16_are_said_at_conversion(tmp_path):
@@ -618,7 +697,7 @@ def write_checkpoint(out, step, model, sealed=True):
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in weights.CHECKPOINT_FILES])
+@pytest.mark.parametrize("name", [name for name in weights.CHECKPOINT_FILES if name != weights.WORDS])
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_the_older_one_taken(tmp_path, name):
     old, new = random_model(0), random_model(1)
     write_checkpoint(tmp_path, 5, old)

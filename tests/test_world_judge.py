@@ -11,7 +11,7 @@ from world.rows import EmojiData
 
 
 def true_samples(task="t2i", n=6):
-    processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 12, image_size=64)
+    processor = data.Processor(weights.byte_tokenizer(), image_tokens=1, max_tokens=1 << 12, image_size=64)
     dataset = EmojiData(processor, weights={task: 1}, seed=5, held_out=True, extras=False)
     return [dataset[i] for i in range(n)]
 

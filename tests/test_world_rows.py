@@ -24,7 +24,7 @@ STAGE_2 = {"t2i": 600, "segment": 150, "recover": 150, "subject": 400}          
 
 
 def processor(image_size=64):
-    return Processor(byte_tokenizer(), patches=4, max_tokens=256, image_size=image_size)
+    return Processor(byte_tokenizer(), image_tokens=4, max_tokens=256, image_size=image_size)
 
 
 def pictures(task, n, held_out=False, seed=0):

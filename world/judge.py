@@ -81,7 +81,7 @@ def labels(metas):
 
 def true_images(seed):
     """True images of held-out subjects. The judge never reads a prompt, so any tokenizer will do."""
-    processor = data.Processor(byte_tokenizer(), patches=1, max_tokens=1 << 12, image_size=scenes.SIZE)
+    processor = data.Processor(byte_tokenizer(), image_tokens=1, max_tokens=1 << 12, image_size=scenes.SIZE)
     return EmojiData(processor, weights={"t2i": 1}, seed=seed, held_out=True, extras=False)
 
 

@@ -425,7 +425,7 @@ def look(args):
             image, _ = paste(background, world.place(rng, description, [background])[0])
             images.append(image.resize((2 * SIZE, 2 * SIZE), Image.BICUBIC))
     sheets = [cli.contact_sheet(images, columns=15)]
-    processor = data.Processor(byte_tokenizer(), patches=1, max_tokens=1 << 12, image_size=SIZE)
+    processor = data.Processor(byte_tokenizer(), image_tokens=1, max_tokens=1 << 12, image_size=SIZE)
     for i, task in enumerate(data.TASKS):
         samples = EmojiData(processor, weights={task: 1}, seed=args.seed + i, held_out=args.held_out)
         tiles = [data.tile(samples[k], places=3) for k in range(args.n)]
