@@ -527,10 +527,9 @@ def segmentation_scores(mentor, samples):
     batch = data.collate(samples)
     images = mentor.sample(batch, batch["seed"]).cpu()                                    # (B, 3, H, W)
     iou = mask_iou(images, batch["object"]).tolist()
-    iou_ceiling = mask_iou(tokenizer_copies(mentor, batch["target"]), batch["object"]).tolist()
-    names = "row", "prompt", "seed", "iou", "iou_ceiling"
-    return [dict(zip(names, values)) for values in
-            zip(batch["row"], batch["prompt"], batch["seed"], iou, iou_ceiling)]
+    ceiling = mask_iou(tokenizer_copies(mentor, batch["target"]), batch["object"]).tolist()
+    return [{"row": sample["row"], "prompt": sample["prompt"], "seed": sample["seed"], "iou": iou[i],
+             "iou_ceiling": ceiling[i]} for i, sample in enumerate(samples)]
 
 
 def segment(args, ranks):

@@ -14,6 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 import model
+import scorers
 import weights
 from cli import InputError
 
@@ -24,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def small(tmp_path_factory):
     """A folder of a small model with random weights; its prefix holds DreamBench's longest prompt."""
     folder = tmp_path_factory.mktemp("small") / "weights"
-    config = replace(TINY, prefix_tokens=160, image_size=64)
+    config = replace(TINY, prefix_tokens=160, image_size=32)
     weights.save(weights.random_model(config, weights.byte_tokenizer()), folder)
     return str(folder)
 
@@ -83,7 +84,7 @@ def test_dreambench_scores_every_prompt_and_two_processes_finish_what_one_began(
     flags += ["--device", "cpu"]
     evaluation.main([*flags, "--out", str(tmp_path / "one")])
     settings, *rows = read(tmp_path / "one")
-    assert settings["cfg_scale"] == 2.0 and settings["size"] == 64
+    assert settings["cfg_scale"] == 2.0 and settings["size"] == 32
     assert {row["prompt"] for row in rows} == {
         "The toy in <image>.\na toy on the beach", "The toy in <image>.\na red toy",
         "The dog in <image>.\na dog in a chef outfit"}
@@ -148,7 +149,8 @@ def dreambench_plus_folder(folder, prompts_of_kitten=9):
 
 
 def test_dreambench_plus_asks_the_judge_in_passes_and_a_stopped_run_goes_on_where_it_was(tmp_path, networks, small,
-                                                                                        endpoint, capsys):
+                                                                                        endpoint, monkeypatch, capsys):
+    monkeypatch.setattr(scorers.time, "sleep", lambda seconds: None)
     folder = dreambench_plus_folder(tmp_path / "bench")
     flags = ["dreambench++", "--weights", small, "--data", folder, *networks, "--device", "cpu", "--passes", "2",
              "--judge-url", endpoint.url, "--judge-model", "eyes", "--batch", "16"]
@@ -222,7 +224,7 @@ def test_the_official_layout_is_what_dreambench_plus_reads_and_a_killed_run_ends
         assert copy.format == "JPEG" and copy.size == (90, 70)             # the whole reference, hardly changed
         reference = np.asarray(Image.open(tmp_path / "bench" / "images" / "object" / "00.jpg"), dtype=float)
         assert abs(np.asarray(copy) - reference).mean() < 3
-    assert Image.open(tmp_path / "one" / "tgt_image" / KITTEN / "1_1.jpg").size == (64, 64)
+    assert Image.open(tmp_path / "one" / "tgt_image" / KITTEN / "1_1.jpg").size == (32, 32)
     assert whole[f"tgt_image/{KITTEN}/0_0.jpg"] != whole[f"tgt_image/{KITTEN}/0_1.jpg"]
     drawn, draw_one = [], evaluation.sample_images
 
@@ -266,9 +268,9 @@ def test_what_dreambench_plus_does_not_know_is_one_clear_sentence(tmp_path):
 
 def segmentation_rows(folder):
     """A JSONL of three usable segmentation rows: an object in the left half, in the upper half, and both as two."""
-    write_image(folder / "a.png", "white")
-    for name, box in (("left", (0, 0, 45, 70)), ("top", (0, 0, 90, 35))):
-        mask = Image.new("L", (90, 70))
+    Image.new("RGB", (96, 64), "white").save(folder / "a.png")
+    for name, box in (("left", (0, 0, 48, 64)), ("top", (0, 0, 96, 32))):
+        mask = Image.new("L", (96, 64))
         mask.paste(255, box)
         mask.save(folder / f"{name}.png")
     row = {"source_image": "a.png", "do_mask": True}
@@ -305,14 +307,22 @@ def test_drawn_objects_are_compared_with_the_masks_and_unusable_rows_are_named(t
 
 def test_an_object_outside_of_what_is_drawn_is_no_usable_row(tmp_path, small):
     data_path = segmentation_rows(tmp_path)
-    mask = Image.new("L", (90, 70))
-    mask.paste(255, (0, 0, 5, 70))                             # the square begins at 10
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (0, 0, 12, 64))                            # the square begins at 16
     mask.save(tmp_path / "left.png")
     row = {"source_image": "a.png", "image_path": "left.png", "objects": "cat", "do_mask": True}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match="no row can be used; .*rows.jsonl:1: nothing of the mask is left"):
         evaluation.main(["segment", "--weights", small, "--data", data_path, "--device", "cpu", "--out", str(tmp_path)])
     assert not (tmp_path / "segment.json").exists()
+
+
+def test_the_bundled_model_cuts_out_objects_of_the_example_data(tmp_path):
+    evaluation.main(["segment", "--data", str(ROOT / "assets" / "example" / "data.jsonl"), "--device", "cpu",
+                     "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "segment.json").read_text())
+    assert len(record["rows"]) == 6 and not record["unusable"] and record["weights"] == "tiny"
+    assert 0.6 < record["iou"] < record["iou_ceiling"] < 1
 
 
 def test_sampling_flags_decide_what_is_drawn_and_stand_in_the_results(tmp_path, small):
