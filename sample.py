@@ -41,8 +41,22 @@ MORE_EXAMPLES = """other things to try:
 """
 
 
+def add_sampling_flags(group):
+    """The flags of model.Sampling; `given_sampling` reads them."""
+    group.add_argument("--cfg", type=float, dest="cfg_scale", help="classifier-free guidance; 1 = none")
+    group.add_argument("--temperature", type=float, help="0 = always the likeliest token")
+    group.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    group.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach p")
+
+
+def given_sampling(args):
+    """-> {field of model.Sampling: value} of the flags that were given; all else comes with the weights."""
+    given = {name: getattr(args, name) for name in ("cfg_scale", "temperature", "top_k", "top_p")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def parse(argv):
-    """The command line -> arguments; sampling flags that were not given are None."""
+    """The command line -> arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", default="", help="with <image> in it, once for each reference, it is taken as it is")
@@ -55,10 +69,7 @@ def parse(argv):
     what.add_argument("--size", type=cli.positive_int, help="pixels a side; default: the weights' own")
     how = parser.add_argument_group("how to sample (defaults come with the weights)")
     how.add_argument("--seed", type=cli.natural, default=0, help="default 0; image i of --n has seed + i")
-    how.add_argument("--cfg", type=float, dest="cfg_scale", help="classifier-free guidance; 1 = none")
-    how.add_argument("--temperature", type=float, help="0 = always the likeliest token")
-    how.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    how.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach p")
+    add_sampling_flags(how)
     where = parser.add_argument_group("with what and where")
     where.add_argument("--weights", default="tiny", help="a folder, a hub repository (owner/name), random, or one of "
                        f"{', '.join([*weights.BUNDLED, *weights.HUB])}; default tiny")
@@ -88,8 +99,7 @@ def parse(argv):
     if not args.task and not args.prompt.strip():
         raise InputError('there is nothing to draw; add --prompt "..."')
     args.task = args.task or ("subject" if args.ref else "t2i")
-    given = {name: getattr(args, name) for name in ("cfg_scale", "temperature", "top_k", "top_p")}
-    args.sampling = {name: value for name, value in given.items() if value is not None}
+    args.sampling = given_sampling(args)
     args.subject = args.subject or list(map(cli.subject_of, args.ref))
     return args
 

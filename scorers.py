@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import ssl
+import statistics
 import time
 import urllib.error
 import urllib.request
@@ -40,6 +41,11 @@ NETWORKS = {     # used unless a folder is named: (repository, files)
     "dino": ("facebook/dino-vits16", ("pytorch_model.bin",)),
 }
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's
+BLACK = 0.2      # brightness, of 1, up to which a pixel of a drawn segmentation counts as background: the value at
+                 # which the emoji world's tokenizer's copies of training subjects agree best with the masks (IoU 0.935;
+                 # 0.915 at 0.12, 0.936 at 0.25)
+CATEGORIES = ("animal", "human", "object", "style")                # of DreamBench++'s pictures; of its nine prompts:
+PROMPT_GROUPS = {"photorealistic": range(4), "style transfer": range(4, 7), "imaginative": range(7, 9)}
 MAX_ANSWER = 4 << 20                                                      # bytes of an HTTP answer; more is an error
 
 
@@ -248,6 +254,13 @@ def color_distance(images, targets):
     return ((images.clamp(-1, 1) - targets) / 2).norm(dim=1).mean((1, 2))                 # (B,)
 
 
+def mask_iou(images, masks):
+    """Overlap of what is not black in drawn segmentations with the true masks; nan where both show nothing.
+    images: (B, 3, H, W) in [-1, 1]; masks: (B, H, W) bool -> (B,)"""
+    foreground = ((images + 1) / 2).amax(dim=1) > BLACK                                   # (B, H, W)
+    return (foreground & masks).sum((1, 2)) / (foreground | masks).sum((1, 2))            # (B,)
+
+
 class Scorer:
     """CLIP and DINO. clip, dino: folders of their files, None = from the hub."""
 
@@ -292,7 +305,7 @@ class Scorer:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores by a vision model behind HTTP
 
-RUBRICS = {      # of DreamBench++ (arXiv 2406.16855), in our own words
+RUBRICS = {      # after DreamBench++ (arXiv 2406.16855), in our own words; cp_style: for references of a style
     "cp": """The first image shows a reference: {subject}. The second was made by a program that was asked to show the
 very same one. Compare only the subject, not the background, pose or style of the image. Look at shape, colours, texture
 and, if there is a face, its features. Give one whole number:
@@ -301,6 +314,14 @@ and, if there is a face, its features. Give one whole number:
 2 = similar, but several features differ
 1 = only the same kind of thing
 0 = something else, or no subject at all""",
+    "cp_style": """The first image is an example of a style: {subject}. The second was made by a program that was asked
+to show something in that very style. Compare only how the two are made, not what they show. Look at colours and light,
+at lines or brush strokes, at texture and material, and at how shapes are simplified. Give one whole number:
+4 = one artist could have made both
+3 = the same style with small differences
+2 = a similar style, but several of these traits differ
+1 = only a trace of the style
+0 = another style""",
     "pf": """This image was made for the prompt: "{prompt}"
 Judge only whether it shows what the prompt asks for: the things, their properties, their number, what they do, where
 they are, and the style if one is named. Beauty does not count. Give one whole number:
@@ -353,15 +374,18 @@ class VisionJudge:
         self.model, self.key, self.tries, self.wait, self.timeout = model, key, tries, wait, timeout
         self.opener, self.answered = urllib.request.build_opener(NoRedirect), False
 
-    def request(self, text, images, temperature):
-        """Asks once. -> the model's answer; raises Unreachable if another try may succeed, else InputError."""
+    def request(self, text, images):
+        """Asks once, at temperature 1 as DreamBench++'s own scripts do, so that passes differ. -> the model's answer
+
+        Raises Unreachable if another try may succeed, else InputError.
+        """
         content = [{"type": "text", "text": text}]
         for image in images:
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             image_url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
             content.append({"type": "image_url", "image_url": {"url": image_url}})
-        body = {"model": self.model, "temperature": temperature, "max_tokens": 300,
+        body = {"model": self.model, "temperature": 1, "max_tokens": 300,
                 "messages": [{"role": "user", "content": content}]}
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -405,7 +429,7 @@ class VisionJudge:
             if attempt:
                 time.sleep(self.wait * 2**(attempt - 1))
             try:
-                answers.append(self.request(text, images, temperature=0.7 if answers else 0))
+                answers.append(self.request(text, images))
             except Unreachable as error:
                 reason = error
                 if error.hopeless and not self.answered:
@@ -417,3 +441,26 @@ class VisionJudge:
             raise InputError(f"{self.address}: the judge gave no answer in {self.tries} tries ({reason}); what is "
                              f"scored is kept, give the same command again later")
         return None, answers
+
+
+def judge_score(rows, name):
+    """Scores as DreamBench++ has them, 0 to 1: each pass's mean divided by 4, their mean over the passes and, as +-,
+    their standard deviation; None where there is none. What could not be read does not count.
+    name: cp or pf. -> {"pictures": number, "score": number, "spread": number}"""
+    passes = [[score for score in scores if score is not None] for scores in zip(*(row[name] for row in rows))]
+    means = [statistics.mean(scores) / 4 for scores in passes if scores]
+    return {"pictures": len(rows), "score": statistics.mean(means) if means else None,
+            "spread": statistics.stdev(means) if len(means) > 1 else None}
+
+
+def judge_table(rows):
+    """Concept preservation by category and prompt following by group of prompts, as DreamBench++ reports them; CP*PF
+    and, as in the paper's Table 1, CP/PF of the overall scores. -> {"CP": {group: judge_score}, "PF": ..., ...}"""
+    table = {"CP": {}, "PF": {}}
+    for name, field, groups in (("CP", "group", CATEGORIES), ("PF", "prompt_group", PROMPT_GROUPS)):
+        for group in groups:
+            table[name][group] = judge_score([row for row in rows if row[field] == group], name.lower())
+        table[name]["overall"] = judge_score(rows, name.lower())
+    cp, pf = table["CP"]["overall"]["score"], table["PF"]["overall"]["score"]
+    known = cp is not None and pf is not None
+    return table | {"CP*PF": cp * pf if known else None, "CP/PF": cp / pf if known and pf else None}

@@ -136,6 +136,14 @@ def test_the_distance_of_colours_is_0_for_equal_images_and_known_for_grey_ones()
     assert (scorers.color_distance(targets, targets) == 0).all()
 
 
+def test_the_overlap_of_a_drawn_object_with_its_mask_is_known_for_two_squares():
+    images, masks = torch.full((2, 3, 8, 8), -1.0), torch.zeros(2, 8, 8, dtype=torch.bool)
+    images[:, :, :4] = torch.tensor([-0.65, -0.55])[:, None, None, None]       # brightness 0.175 is black, 0.225 is not
+    images[:, 1, 6:] = 0.5                                                     # one channel is enough
+    masks[:, :, :4] = True
+    close(scorers.mask_iou(images, masks), torch.tensor([8 / 40, 24 / 56]), 1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A vision model behind HTTP
 
@@ -190,6 +198,42 @@ def test_an_address_where_no_judge_ever_answered_is_given_up_at_the_first_try(en
         assert len(endpoint.seen) == 1
     with pytest.raises(InputError, match="no answer of a judge .*; check --judge-url"):
         scorers.VisionJudge("http://no-such-host.invalid/v1", "eyes", wait=60).score("pf", [WHITE], "dog", "a dog")
+
+
+def test_a_style_is_compared_by_a_rubric_of_its_own(endpoint):
+    endpoint.script[:] = ["Score: 3"]
+    judge = scorers.VisionJudge(endpoint.url, "eyes")
+    assert [judge.score(rubric, [WHITE], "ink drawing", "a cat")[0] for rubric in ("cp_style", "cp")] == [3, 3]
+    style, subject = (body["messages"][0]["content"][0]["text"] for _, _, body in endpoint.seen)
+    assert "example of a style: ink drawing" in style and "Compare only how the two are made" in style
+    assert "Compare only the subject" in subject and all(body["temperature"] == 1 for _, _, body in endpoint.seen)
+
+
+def test_the_judges_scores_are_the_hand_computed_ones():
+    def row(group, prompt_group, cp, pf):
+        return {"group": group, "prompt_group": prompt_group, "cp": cp, "pf": pf}
+
+    rows = [row("animal", "photorealistic", [4, 3, 4], [4, 4, 4]),
+            row("animal", "imaginative", [2, 3, None], [0, 1, 2]),           # None could not be read
+            row("style", "photorealistic", [1, 1, 2], [3, 3, 3])]
+    table = scorers.judge_table(rows)
+    cp, pf = table["CP"], table["PF"]
+    assert list(cp) == ["animal", "human", "object", "style", "overall"]
+    assert list(pf) == ["photorealistic", "style transfer", "imaginative", "overall"]
+    # animal: the passes' means are 3, 3, 4 -> 10 / 12, deviations from it -1/12, -1/12, 2/12
+    assert cp["animal"] == {"pictures": 2, "score": pytest.approx(10 / 12),
+                            "spread": pytest.approx((6 / 144 / 2)**0.5)}
+    assert cp["human"] == {"pictures": 0, "score": None, "spread": None}
+    assert cp["style"]["score"] == pytest.approx((1 / 4 + 1 / 4 + 2 / 4) / 3)
+    assert pf["photorealistic"] == {"pictures": 2, "score": pytest.approx(3.5 / 4), "spread": 0}
+    assert pf["imaginative"] == {"pictures": 1, "score": 1 / 4, "spread": 1 / 4}
+    overall_cp, overall_pf = (7 / 3 + 7 / 3 + 3) / 3 / 4, (7 / 3 + 8 / 3 + 3) / 3 / 4
+    assert cp["overall"]["score"] == pytest.approx(overall_cp) and pf["overall"]["score"] == pytest.approx(overall_pf)
+    assert table["CP*PF"] == pytest.approx(overall_cp * overall_pf)
+    assert table["CP/PF"] == pytest.approx(overall_cp / overall_pf)
+    alone = scorers.judge_table([row("human", "imaginative", [2], [None])])
+    assert alone["CP"]["overall"] == {"pictures": 1, "score": 0.5, "spread": None}
+    assert alone["PF"]["overall"]["score"] is None and alone["CP*PF"] is None
 
 
 @contextmanager

@@ -19,15 +19,13 @@ from torch import nn
 import cli
 import data
 from cli import InputError
+from scorers import mask_iou
 from weights import byte_tokenizer, fill_in, read_tensors, write_tensors
 from world import scenes, sprites
 from world.rows import EmojiData
 
 TRAIN_SEED, TEST_SEED = 71, 72        # of the judge's training images and of the ones it is tested on
 HUE_TOLERANCE = 45                    # degrees by which a hue may differ and still count as right
-BLACK = 0.2      # brightness, of 1, up to which a pixel of a sampled segmentation counts as background: the value at
-                 # which the tokenizer's copies of training subjects agree best with the masks (IoU 0.935; 0.915 at
-                 # 0.12, 0.936 at 0.25)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +163,4 @@ def psnr(images, targets):
 
 def iou(images, metas):
     """Overlap of what is not black in sampled segmentations with the true masks. (B, 3, H, W) -> (B,)"""
-    foreground = ((images + 1) / 2).amax(dim=1) > BLACK                                   # (B, H, W)
-    mask = torch.from_numpy(np.stack([meta["mask"] for meta in metas])) > 0               # (B, H, W)
-    return (foreground & mask).sum((1, 2)) / (foreground | mask).sum((1, 2))
+    return mask_iou(images, torch.from_numpy(np.stack([meta["mask"] for meta in metas])) > 0)
