@@ -271,9 +271,10 @@ def load_model(args, ranks):
     return mentor, settings | {"size": mentor.config.image_size} | asdict(sampling)
 
 
-def sample_images(mentor, prompts, references, seeds):
-    """One image for each prompt. references: PIL, one for each prompt. -> (B, 3, H, W)"""
-    samples = [mentor.processor(prompt, [reference]) for prompt, reference in zip(prompts, references, strict=True)]
+def sample_images(mentor, prompts, references, subjects, seeds):
+    """One image for each prompt. references: PIL, one for each prompt; subjects: what they show -> (B, 3, H, W)"""
+    samples = [mentor.processor(prompt, [reference], [subject])
+               for prompt, reference, subject in zip(prompts, references, subjects, strict=True)]
     return mentor.sample(data.collate(samples), seeds)
 
 
@@ -320,7 +321,8 @@ def draw(args, ranks, mentor, examples):
         chunk = [examples[i] for i in numbers]
         prompts = [data.prompt_for("subject", [example.subject], example.prompt) for example in chunk]
         references = [data.open_image(example.reference) for example in chunk]
-        pixels = sample_images(mentor, prompts, references, [example.seed for example in chunk])
+        pixels = sample_images(mentor, prompts, references, [example.subject for example in chunk],
+                               [example.seed for example in chunk])
         yield chunk, prompts, references, [data.to_image(image) for image in pixels]
 
 
@@ -511,7 +513,7 @@ def segmentation_sample(mentor, row):
     row's own mask, both of the size that is drawn. InputError says why a row cannot be used."""
     image, size, doubts = data.open_image(row.source), mentor.config.image_size, []
     mask = np.logical_or.reduce([data.open_mask(path, image, row.source, doubts) for path in row.images])
-    sample = mentor.processor(data.prompt_for("segment", row.objects), [image] * len(row.objects))
+    sample = mentor.processor(data.prompt_for("segment", row.objects), [image] * len(row.objects), row.objects)
     sample["target"] = data.target_pixels(data.on_black(image, mask), size)               # (3, H, W)
     sample["object"] = data.target_pixels(Image.fromarray(mask).convert("RGB"), size)[0] > 0          # (H, W)
     if not sample["object"].any():
@@ -569,7 +571,8 @@ def reconstruction_errors(mentor, references, first_seed):
     """L2 of the samples of PIL images, and of the tokenizer's copies. -> (B,), (B,)"""
     targets = torch.stack([data.target_pixels(image, mentor.config.image_size) for image in references])
     prompts = [data.prompt_for("reconstruct")] * len(references)
-    images = sample_images(mentor, prompts, references, range(first_seed, first_seed + len(references)))
+    images = sample_images(mentor, prompts, references, [data.WHOLE] * len(references),
+                           range(first_seed, first_seed + len(references)))
     return color_distance(images.cpu(), targets), color_distance(tokenizer_copies(mentor, targets), targets)
 
 
