@@ -185,7 +185,7 @@ def draw_list(mentor, args, requests, common, ranks):
             paths = [os.path.join(args.out, f"{i:05}", "samples", f"{k:04}.png") for k in range(request.n)]
         for seed, path in zip(seeds, paths):
             wanted[path] = request, {"prompt": request.prompt, "refs": request.refs, "seed": seed, "n": 1, **common}
-    there = glob(os.path.join(escape(args.out), "*/samples" if args.layout == "geneval" else "", "*.png"))
+    there = sorted(glob(os.path.join(escape(args.out), "*/samples" if args.layout == "geneval" else "", "*.png")))
     for path in there:
         with cli.loaded(path) as image:
             if path not in wanted or image.info.get("mentor") != json.dumps(wanted[path][1]):
@@ -201,7 +201,7 @@ def draw_list(mentor, args, requests, common, ranks):
         for path, image, its in zip(paths, draw(mentor, args, chunk, [its["seed"] for its in settings]), settings):
             save(image, path, its)
     ranks.barrier()
-    print(f"wrote {len(wanted) - len(there)} pictures to {args.out}, which held {len(there)}")
+    print(f"wrote {len(wanted) - len(there)} picture(s) to {args.out}, which held {len(there)}")
 
 
 @cli.enough_memory("try --offload, --dtype bf16, or a smaller --n or --size (of a list --batch or --size)")
