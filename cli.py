@@ -21,7 +21,7 @@ import textwrap
 import typing
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
 from types import UnionType
 
@@ -922,3 +922,63 @@ def checked_value(kind, value, where, name, limits, optional):
     if not fits or form is float and not abs(value) < 1e300:
         raise InputError(f"{where}: {name} is {shortly(value)} but must be {wanted}")
     return form(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A list of prompts
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn; a line of JSON may leave out all but the prompt."""
+    prompt: str
+    refs: str | list[str] | None = None        # paths of reference pictures
+    subjects: str | list[str] | None = None    # what each of them shows
+    seed: int | None = None                    # of the first of n pictures; the next has seed + 1
+    n: int | None = None
+    where: str = ""                            # "list.jsonl:LINE: "
+    line: str = ""                             # what stands there, as JSON
+
+
+def read_request(line, where, folder):
+    """A line of JSON -> Request whose refs, from `folder` on, and subjects are lists."""
+    record = parse_json(line, where)
+    known = {name: record.pop(name) for name in ("prompt", "refs", "subjects", "seed", "n") if name in record}
+    for name in record:                        # all others are somebody else's, but for slips of the pen
+        meant = [ours for ours in ("prompt", "refs", "subjects", "seed") if name.lower().strip("s") == ours.strip("s")]
+        if meant:
+            raise InputError(f'{where}: "{name}" is not known; write "{meant[0]}"')
+    if not str(known.setdefault("prompt", "")).strip():
+        raise InputError(f'{where}: has no prompt; add "prompt": "..."')
+    request = from_json(Request, known, where, {"seed": (0, 2**53 - 1), "n": (1, 1000)}, ("where", "line"))
+    refs, subjects = ([texts] if isinstance(texts, str) else texts or [] for texts in (request.refs, request.subjects))
+    if re.search("[\ud800-\udfff]", "".join([request.prompt, *subjects])):
+        raise InputError(f"{where}: holds half of a letter (a lone surrogate); write the whole one")
+    if subjects and len(subjects) != len(refs):
+        raise InputError(f"{where}: has {len(subjects)} subject(s) for {len(refs)} ref(s); give one for each, or none")
+    return replace(request, subjects=subjects, refs=[os.path.abspath(os.path.join(folder, path)) for path in refs])
+
+
+def read_prompts(path):
+    """A list, text with a prompt a line or, as soon as a line begins with {, JSON lines. -> [Request]; InputError names
+    the line that cannot be used."""
+    head = check_file(path, "a list of prompts", most=1 << 30)
+    kind = "a JSON array" if re.match(rb'\s*\[\s*(["{]|$)', head) else what_begins_so(head or b"-")
+    if kind or path.lower().endswith((".csv", ".tsv")):
+        raise InputError(f"{path}: is {kind or 'a table'}; give text with one prompt a line, or JSON lines")
+    with open(path, "rb") as file:
+        lines = file.read().removeprefix(b"\xef\xbb\xbf").splitlines()
+    as_json, requests = any(line.lstrip().startswith(b"{") for line in lines), []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            line = line.decode().strip()
+        except ValueError:
+            raise InputError(f"{where}: is not UTF-8 text; save the list as UTF-8") from None
+        if as_json and line and not line.startswith("{") or not as_json and re.search("[\0\t]", line):
+            raise InputError(f"{where}: is neither a prompt nor an object of JSON like the other lines; write it so")
+        if line:
+            line = line if as_json else json.dumps({"prompt": line}, ensure_ascii=False)
+            requests.append(replace(read_request(line, where, os.path.dirname(path)), where=f"{where}: ", line=line))
+    if not requests:
+        raise InputError(f"{path}: holds no prompt; write one a line")
+    return requests

@@ -5,9 +5,13 @@
     python sample.py --weights mentor --ref dog.jpg --prompt "a dog in the snow"     # with the public weights
     python sample.py --weights mentor --prompt "a castle at night"       # no reference: text to image
     python sample.py --ref dog.jpg --task segment                        # the subject on black
+    python sample.py --prompts list.jsonl                                # many; goes on where it stopped
 
-Every PNG carries its settings as JSON in a text chunk named "mentor". From here on the network in the order in which
-the data passes it: `data.py`, `encoder.py`, `rope2d.py`, `model.py`, `vqgan.py`; then `train.py`.
+A list is text, a prompt a line, or JSON lines, {"prompt": ..., "refs": ["dog.jpg"], "subjects": ["dog"], "seed": 7,
+"n": 2}, all but the prompt optional, paths from the list's folder. Pictures are called 00000-words-of-the-prompt.png,
+or, where n is above 1, 00000-words-of-the-prompt-SEED.png. torchrun shares the work. Every PNG carries its settings as
+JSON in a text chunk named "mentor". From here on the network in the order in which the data passes it: `data.py`,
+`encoder.py`, `rope2d.py`, `model.py`, `vqgan.py`; then `train.py`.
 """
 import argparse
 import json
@@ -17,6 +21,7 @@ import sys
 import time
 import unicodedata
 from dataclasses import asdict, replace
+from glob import escape, glob
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -24,7 +29,7 @@ from PIL import Image, PngImagePlugin
 import cli
 import data
 import weights
-from cli import InputError
+from cli import InputError, Ranks, Request
 from rope2d import PREFIX_ROPE
 
 VIEW = 256                 # smaller images are saved enlarged to about that many pixels a side
@@ -64,9 +69,13 @@ def parse(argv):
     what.add_argument("--subject", action="append", default=[], metavar="NAME",
                       help="what a reference shows, in order of --ref; default: its file's name")
     what.add_argument("--task", choices=["segment", "reconstruct"], help="instead of drawing it anew")
-    what.add_argument("--n", type=cli.checked(int, lambda n: 0 < n <= 1000, "a whole number from 1 to 1000"), default=1,
-                      help="images (default 1); several get a contact sheet")
+    what.add_argument("--n", type=cli.checked(int, lambda n: 0 < n <= 1000, "a whole number from 1 to 1000"),
+                      help="images (default 1, for GenEval 4); several of one --prompt get a contact sheet")
     what.add_argument("--size", type=cli.positive_int, help="pixels a side; default: the weights' own")
+    many = parser.add_argument_group("a list of prompts, with the defaults of all its lines above")
+    many.add_argument("--prompts", metavar="FILE", help="text or JSON lines, in place of --prompt")
+    many.add_argument("--batch", type=cli.positive_int, help="pictures drawn at once (default 8)")
+    many.add_argument("--layout", choices=["plain", "geneval"], help="a folder for FID (default), or GenEval's folders")
     how = parser.add_argument_group("how to sample (defaults come with the weights)")
     how.add_argument("--seed", type=cli.natural, default=0, help="default 0; image i of --n has seed + i")
     add_sampling_flags(how)
@@ -74,16 +83,23 @@ def parse(argv):
     where.add_argument("--weights", default="tiny", help="a folder, a hub repository (owner/name), random, or one of "
                        f"{', '.join([*weights.BUNDLED, *weights.HUB])}; default tiny")
     where.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: as trained")
-    where.add_argument("--out", default="out", help="a PNG, replaced if there, or a folder, where none is (out/)")
+    where.add_argument("--out", help="a PNG, replaced if there, or a folder (default out/, of a list out/ITS-NAME/)")
     where.add_argument("--device", help="default: cuda, else mps, else cpu")
     where.add_argument("--dtype", choices=weights.DTYPES, help="default: bf16 on cuda, else fp32")
     where.add_argument("--offload", action="store_true", help="CLIP and T5 make room once they have read the prompt")
     where.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks: half a "
                        "minute at the first use, then faster; default: for large decoders, on a GPU from 32 images on")
     args = parser.parse_args(argv)
+    for flag in ("prompt", "ref", "subject", "task", "offload") if args.prompts else ("batch", "layout"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag} does not go {'with' if args.prompts else 'without'} --prompts; leave it out")
+    args.n, args.batch = args.n or (4 if args.layout == "geneval" else 1), args.batch or 8
+    args.out = args.out or os.path.join("out", os.path.splitext(os.path.basename(args.prompts or ""))[0])
+    if args.prompts and args.out.lower().endswith(".png"):
+        raise InputError(f"--out {args.out}: the pictures of a list need a folder; give the name of one")
     args.prompt, *args.subject = (text.encode(errors="surrogateescape").decode(errors="replace")
                                   for text in (args.prompt, *args.subject))         # bytes come so in a C locale
-    args.example = not (args.prompt or args.ref or args.task)
+    args.example = not (args.prompt or args.ref or args.task or args.prompts)
     if args.example:
         args.ref, args.prompt = [EXAMPLE[0]], EXAMPLE[1]
     if args.task and len(args.ref) != 1:
@@ -96,7 +112,7 @@ def parse(argv):
         raise InputError(f"{'--subject' if args.subject else '--prompt'} would have no effect here; leave it out")
     if re.search(r"\.(jpe?g|jfif|webp|gif|bmp|tiff?|avif|jxl|heic|pdf|svg|ppm)$", args.out.lower()):
         raise InputError(f"--out {args.out}: pictures are written as PNG; give a name that ends in .png, or a folder")
-    if not args.task and not args.prompt.strip():
+    if not args.task and not args.prompt.strip() and not args.prompts:
         raise InputError('there is nothing to draw; add --prompt "..."')
     args.task = args.task or ("subject" if args.ref else "t2i")
     args.sampling = given_sampling(args)
@@ -104,16 +120,16 @@ def parse(argv):
     return args
 
 
-def out_names(out, prompt, seeds):
-    """Where the images go: --out itself if it ends in .png, else a new name in that folder, made of the letters and
-    digits of the prompt, _2 behind it where it is taken, and so on. -> a name for each seed, that of all (the sheet)"""
+def out_names(out, prompt, seeds, number=""):
+    """Where the images go: --out itself if it ends in .png, else a name in that folder, made of the letters and digits
+    of the prompt, without a number a new one (_2, ...). -> a name for each seed, that of all (the sheet)"""
     line = unicodedata.normalize("NFC", prompt.split("\n")[-1].replace(data.IMAGE, "").casefold())
-    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in line).split()       # of any script
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in f"{number} {line}").split()
     stem = "-".join(words).encode(sys.getfilesystemencoding(), "ignore")[:120].decode(errors="ignore") or "picture"
     for i in range(1, sys.maxsize):
         path = out if out.lower().endswith(".png") else os.path.join(out, stem + (f"_{i}" if i > 1 else "") + ".png")
         names = [f"{path[:-4]}-{seed}.png" for seed in seeds] if len(seeds) > 1 else [path]
-        if path == out or not any(map(os.path.lexists, [path, *names])):
+        if path == out or number or not any(map(os.path.lexists, [path, *names])):
             return names, path
 
 
@@ -129,8 +145,6 @@ def save_all(images, out, settings):
     """Images to the files that `out_names` gives, each with its seed; of several a contact sheet."""
     seeds = range(settings["seed"], settings["seed"] + len(images))
     names, path = out_names(out, settings["prompt"], seeds)
-    factor = max(1, VIEW // images[0].width)
-    images = [image.resize((factor * image.width, factor * image.height), Image.BICUBIC) for image in images]
     for image, name, seed in zip(images, names, seeds):
         save(image, name, {**settings, "seed": seed, "n": 1})
     if len(images) > 1:
@@ -138,14 +152,77 @@ def save_all(images, out, settings):
     print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
 
 
-@cli.enough_memory("try --offload, --dtype bf16, or a smaller --n or --size")
+def read(processor, request):
+    """A request and its references -> what the network reads; InputError names a list's line."""
+    try:
+        return processor(request.prompt, list(map(data.open_image, request.refs)))
+    except InputError as error:
+        raise InputError(f"{request.where}{error}") from None
+
+
+def requests_of(args):
+    """What the flags or each line of --prompts ask for, all filled in, the prompt as the network reads it."""
+    requests = cli.read_prompts(args.prompts) if args.prompts else [Request(args.prompt, args.ref, args.subject)]
+    processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16, image_size=32)
+    for i, request in enumerate(requests):
+        prompt, seed = request.prompt, request.seed
+        task = "subject" if args.prompts and request.refs else args.task
+        if data.IMAGE not in prompt:           # else it is taken as it is
+            prompt = data.prompt_for(task, request.subjects or map(cli.subject_of, request.refs), prompt)
+        requests[i] = replace(request, prompt=prompt, seed=args.seed if seed is None else seed, n=request.n or args.n)
+        read(processor, requests[i])           # finds all problems but too many tokens, before the model is loaded
+    return requests
+
+
+def draw(mentor, args, requests, seeds):
+    """A picture for each seed: one of each request, or all of a single one. -> PIL, small ones enlarged"""
+    batch = data.collate([read(mentor.processor, request) for request in requests])
+    sampling = replace(mentor.config.sampling, **args.sampling)
+    pixels = mentor.sample(batch, seeds, sampling, args.size, progress=not args.prompts, offload=args.offload)
+    side = max(1, VIEW // pixels.size(-1)) * pixels.size(-1)
+    return [data.to_image(image).resize((side, side), Image.BICUBIC) for image in pixels]
+
+
+def draw_list(mentor, args, requests, common, ranks):
+    """Draws the pictures of a list that --out lacks, this process its share. common: settings of all of them"""
+    wanted = {}                                # path of a picture: its request, its settings
+    for i, request in enumerate(requests):
+        read(mentor.processor, request)        # is the prompt too long?
+        seeds = range(request.seed, request.seed + request.n)
+        paths, _ = out_names(args.out, request.prompt, seeds, f"{i:05}")
+        if args.layout == "geneval":
+            paths = [os.path.join(args.out, f"{i:05}", "samples", f"{k:04}.png") for k in range(request.n)]
+        for seed, path in zip(seeds, paths):
+            wanted[path] = request, {"prompt": request.prompt, "refs": request.refs, "seed": seed, "n": 1, **common}
+    there = sorted(glob(os.path.join(escape(args.out), "*/samples" if args.layout == "geneval" else "", "*.png")))
+    for path in there:
+        with cli.loaded(path) as image:
+            if path not in wanted or image.info.get("mentor") != json.dumps(wanted[path][1]):
+                raise InputError(f"{path}: is of other settings or of another list; remove it or choose another --out")
+    ranks.barrier()                            # nobody draws before all have looked
+    for i, request in enumerate(requests if args.layout == "geneval" and ranks.rank == 0 else ()):
+        with cli.atomic_file(os.path.join(args.out, f"{i:05}", "metadata.jsonl")) as path, open(path, "wb") as file:
+            file.write(request.line.encode() + b"\n")
+    share = sorted(wanted.keys() - set(there))[ranks.rank::ranks.world]
+    for start in cli.bar(range(0, len(share), args.batch), unit="batch", disable=ranks.rank > 0):
+        paths = share[start:start + args.batch]
+        chunk, settings = zip(*(wanted[path] for path in paths))
+        for path, image, its in zip(paths, draw(mentor, args, chunk, [its["seed"] for its in settings]), settings):
+            save(image, path, its)
+    ranks.barrier()
+    print(f"wrote {len(wanted) - len(there)} picture(s) to {args.out}, which held {len(there)}")
+
+
+@cli.enough_memory("try --offload, --dtype bf16, or a smaller --n or --size (of a list --batch or --size)")
 def main(argv=None):
     """The command line: prompt and references, model, images, files."""
     args = parse(argv)
-    images = list(map(data.open_image, args.ref))
-    device = cli.pick_device(args.device)
-    cli.probe(args.out if args.out.lower().endswith(".png") else os.path.join(args.out, "picture.png"))
-    dtype = args.dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    requests = requests_of(args)
+    ranks = Ranks.join(args.device or cli.pick_device())
+    device, dtype = ranks.device, args.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
+    sys.stdout = cli.Output(None) if ranks.rank else sys.stdout              # one process speaks for all
+    if ranks.rank == 0:
+        cli.probe(args.out if args.out.lower().endswith(".png") else os.path.join(args.out, "picture.png"))
 
     # the model
     mentor = weights.load(args.weights, device, weights.DTYPES[dtype], prefix_rope=args.prefix_rope,
@@ -157,26 +234,24 @@ def main(argv=None):
     large = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
     if not large and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)               # a small model gains nothing from two, which wait for each other
-    if args.compile is None:
-        args.compile = large and (device == "cpu" or args.n >= 32)     # on a GPU: a minute, to save 2 s an image
+    if args.compile is None:                   # on a GPU: a minute, to save 2 s an image
+        args.compile = large and (device.type == "cpu" or sum(request.n for request in requests) >= 32)
     if args.compile:
         weights.compile_blocks(mentor.decoder)
 
     # the images
-    prompt = args.prompt
-    if data.IMAGE not in prompt:               # else it is taken as it is
-        prompt = data.prompt_for(args.task, args.subject, prompt)
-    print(f"prompt: {prompt!r}\ndevice: {device}, {dtype}")
+    print(f"prompt: {args.prompts or requests[0].prompt!r}\ndevice: {device}, {dtype}")
     if args.size and args.size < mentor.config.image_size:
         print(f"size: below the weights' own {mentor.config.image_size} pixels it is a cut-out, as if zoomed in")
-    start, sampling = time.perf_counter(), replace(mentor.config.sampling, **args.sampling)
-    batch = data.collate([mentor.processor(prompt, images)])
-    pixels = mentor.sample(batch, range(args.seed, args.seed + args.n), sampling, args.size, progress=True,
-                           offload=args.offload)                                          # (n, 3, size, size)
-    seconds, size = time.perf_counter() - start, pixels.size(-1)
-    settings = {"prompt": prompt, "refs": args.ref, "seed": args.seed, "n": args.n, "size": size, "dtype": dtype,
-                "weights": args.weights, "prefix_rope": mentor.config.decoder.prefix_rope, **asdict(sampling)}
-    save_all(list(map(data.to_image, pixels)), args.out, settings)
+    start, size = time.perf_counter(), mentor.check_size(args.size or mentor.config.image_size)
+    common = {"size": size, "dtype": dtype, "weights": args.weights, **asdict(mentor.config.sampling),
+              "prefix_rope": mentor.config.decoder.prefix_rope, **args.sampling}
+    if args.prompts:
+        draw_list(mentor, args, requests, common, ranks)
+        return ranks.leave()
+    images = draw(mentor, args, requests, range(args.seed, args.seed + args.n))
+    seconds, prompt = time.perf_counter() - start, requests[0].prompt
+    save_all(images, args.out, {"prompt": prompt, "refs": args.ref, "seed": args.seed, "n": args.n, **common})
     print(f"{seconds / args.n:.1f} s a picture of {size} x {size} pixels")
     if args.example:
         print(MORE_EXAMPLES)

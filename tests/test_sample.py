@@ -7,6 +7,7 @@ import sys
 
 import numpy
 import pytest
+from conftest import finish, run
 from PIL import Image
 
 import cli
@@ -211,3 +212,178 @@ def test_a_full_size_picture_stays_under_16_gib():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split("peak ")[1]) < 16 * 2**20   # KiB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A list of prompts
+
+def write_list(path, lines):
+    """A list of prompts: text as it stands, all else as JSON."""
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A list whose lines have none, one and two references."""
+    shutil.copy(DOG, tmp_path / "my_dog.jpg")
+    return write_list(tmp_path / "mixed.jsonl", [
+        {"prompt": "a castle", "seed": 3}, {"prompt": "p", "refs": "my_dog.jpg", "n": 2, "tag": "theirs"}, "",
+        {"prompt": "two", "refs": [DOG, "my_dog.jpg"], "subjects": ["big dog", "cat"], "seed": 8},
+        {"prompt": "<image>, on Mars", "refs": ["my_dog.jpg"], "subjects": None}])
+
+
+def test_a_lists_pictures_are_those_of_single_commands_whatever_the_batch(mixed, tmp_path):
+    mine, given = str(tmp_path / "my_dog.jpg"), ["--size", 64, "--cfg", 2]
+    singles = {
+        "00000-a-castle.png": ["--prompt", "a castle", "--seed", 3],
+        "00001-p-5.png": ["--prompt", "p", "--ref", mine, "--seed", 5],
+        "00001-p-6.png": ["--prompt", "p", "--ref", mine, "--seed", 6],
+        "00002-two.png": ["--prompt", "two", "--ref", DOG, "--ref", mine, "--subject", "big dog", "--subject", "cat",
+                          "--seed", 8],
+        "00003-on-mars.png": ["--prompt", "<image>, on Mars", "--ref", mine, "--seed", 5]}
+    for batch in ("2", "8"):
+        draw("--prompts", mixed, *given, "--seed", 5, "--batch", batch, "--out", tmp_path / batch)
+        assert sorted(os.listdir(tmp_path / batch)) == sorted(singles)
+    for name, flags in singles.items():
+        draw(*given, *flags, "--out", tmp_path / "single.png")
+        one = Image.open(tmp_path / "single.png")
+        for batch in ("2", "8"):
+            of_list = Image.open(tmp_path / batch / name)
+            assert of_list.tobytes() == one.tobytes() and of_list.info == one.info, (name, batch)
+
+
+def test_a_list_goes_on_where_it_stopped_and_keeps_what_is_there(mixed, tmp_path, capsys):
+    def written():
+        return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    out = tmp_path / "out"
+    given = ["--prompts", mixed, "--size", 64, "--out", out]
+    draw(*given)
+    before = written()
+    os.remove(out / "00001-p-1.png")
+    write_list(mixed, [*mixed.read_text().splitlines(), {"prompt": "one more"}])
+    draw(*given)
+    after = written()
+    assert "wrote 2 picture(s)" in capsys.readouterr().out
+    assert {name for name in after if after[name] != before.get(name)} == {"00001-p-1.png", "00004-one-more.png"}
+
+
+@pytest.mark.parametrize("change", ["settings", "prompt", "order", "foreign", "damaged"])
+def test_where_another_picture_lies_a_list_draws_nothing(mixed, tmp_path, monkeypatch, change):
+    out, flags = tmp_path / "out", []
+    draw("--prompts", mixed, "--size", 64, "--out", out)
+    lines = mixed.read_text().splitlines()
+    if change == "settings":
+        flags = ["--top-k", 9]
+    elif change == "prompt":
+        write_list(mixed, [lines[0].replace("castle", "house"), *lines[1:]])
+    elif change == "order":
+        write_list(mixed, [*lines[1:], lines[0]])
+    elif change == "foreign":
+        Image.new("RGB", (64, 64)).save(out / "grid.png")
+    else:
+        (out / "00000-a-castle.png").write_bytes((out / "00000-a-castle.png").read_bytes()[:-2000])
+    os.remove(out / "00003-on-mars.png")
+    monkeypatch.setattr(sample, "draw", lambda *args: pytest.fail("drew"))
+    with pytest.raises(cli.InputError, match="grid.png: is of other settings or of another list"
+                       if change == "foreign" else "00000-a-castle.png: (is of other settings or|.*damaged)"):
+        draw("--prompts", mixed, "--size", 64, "--out", out, *flags)
+
+
+@pytest.mark.parametrize("content, prompts", [
+    (b"a castle\n\n  \t\na dog, in the snow; [red]\n", ["a castle", "a dog, in the snow; [red]"]),
+    (b"\xef\xbb\xbf\xe9\x9b\xaa\r\nb\r\n", ["雪", "b"]), (b"one without an end of line", ["one without an end of line"]),
+    (b'\n {"prompt": "x"}\n\n{"prompt": "y\\nz"}', ["x", "y\nz"])])
+def test_every_line_of_a_list_that_is_not_blank_is_a_prompt(tmp_path, content, prompts):
+    (tmp_path / "list.txt").write_bytes(content)
+    assert [request.prompt for request in cli.read_prompts(str(tmp_path / "list.txt"))] == prompts
+
+
+@pytest.mark.parametrize("line, said", [
+    ('{"seed": 1}', "list:2: has no prompt"), ('{"prompt": " "}', "list:2: has no prompt"),
+    ('{"prompt": 5}', "list:2: prompt is 5 but must be a text"), ('{"prompt": "a"', "list:2: is no JSON"),
+    ("a castle", "list:2: is neither a prompt nor an object of JSON"),
+    ('["a"]', "list:2: is neither a prompt nor an object of JSON"),
+    ('{"prompt": "a", "refs": "gone.jpg"}', "list:2: .*gone.jpg: no such file"),
+    ('{"prompt": "a", "refs": ["list"]}', "list:2: .*list: not a picture"),
+    ('{"prompt": "a", "refs": [5]}', "list:2: refs is 5"), ('{"prompt": "a", "refs": {}}', "list:2: refs is {}"),
+    ('{"prompt": "a", "ref": "x.jpg"}', 'list:2: "ref" is not known; write "refs"'),
+    ('{"Prompt": "a"}', 'list:2: "Prompt" is not known; write "prompt"'),
+    ('{"prompt": "a <image>"}', "list:2: the prompt has 1 <image> but 0 reference"),
+    ('{"prompt": "a", "subjects": ["dog"]}', r"list:2: has 1 subject\(s\) for 0 ref"),
+    ('{"prompt": "a", "seed": -1}', "list:2: seed is -1"), ('{"prompt": "a", "seed": "7"}', "list:2: seed is '7'"),
+    ('{"prompt": "a", "n": 0}', "list:2: n is 0"), ('{"prompt": "a", "n": true}', "list:2: n is True"),
+    ('{"prompt": "a\\ud83d"}', "list:2: holds half of a letter"), (b'{"prompt": "\xff"}', "list:2: is not UTF-8")])
+def test_a_bad_line_of_a_list_is_named_before_the_model_is_read(tmp_path, monkeypatch, line, said):
+    line = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "list").write_bytes(b'{"prompt": "good"}\n' + line + b'\n{"prompt": "good"}\n')
+    monkeypatch.setattr(sample.weights, "load", lambda *a, **k: pytest.fail("read the model first"))
+    with pytest.raises(cli.InputError, match=said):
+        draw("--prompts", tmp_path / "list", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.txt", b"", "holds no prompt"), ("a.txt", b"\n \n", "holds no prompt"), ("gone.txt", None, "no such file"),
+    ("a.json", b'[{"prompt": "a"}]', "is a JSON array"), ("a.json", b'[\n  "a",\n  "b"\n]', "is a JSON array"),
+    ("a.csv", b"prompt,seed\na,1\n", "is a table"), ("a.txt", b"a\tb\n", "a.txt:1: is neither a prompt"),
+    ("a.txt", b"\xff\xfea\0", "UTF-16"), ("a.txt", b"\x89PNG\r\n", "is a picture"), ("a.txt", b"\x1f\x8b", "gzipped")])
+def test_what_is_no_list_is_told_so(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(cli.InputError, match=said):
+        draw("--prompts", tmp_path / name, "--out", tmp_path / "out")
+
+
+def test_a_prompt_too_long_for_the_weights_is_named_before_anything_is_drawn(tmp_path):
+    path = write_list(tmp_path / "list.txt", ["short", "word " * 200])
+    with pytest.raises(cli.InputError, match="list.txt:2: the prompt needs .* the prefix has 512"):
+        draw("--prompts", path, "--size", 64, "--batch", 1, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--prompt", "x"], "--prompt does not go with --prompts"), (["--ref", DOG], "--ref does not go with"),
+    (["--subject", "a"], "--subject does not go with"), (["--task", "segment"], "--task does not go with"),
+    (["--offload"], "--offload does not go with"), (["--out", "x.png"], "x.png: the pictures of a list need a folder")])
+def test_flags_of_a_single_picture_are_refused_beside_a_list(tmp_path, args, said):
+    with pytest.raises(cli.InputError, match=said):
+        draw("--prompts", write_list(tmp_path / "list.txt", ["x"]), *args)
+    for flag in (["--batch", "2"], ["--layout", "geneval"]):
+        with pytest.raises(cli.InputError, match=f"{flag[0]} does not go without --prompts"):
+            draw("--prompt", "x", *flag)
+
+
+def test_genevals_layout_is_what_its_evaluator_reads(tmp_path, capsys):
+    lines = ['{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',
+             '{"tag": "counting",  "include": [], "exclude": [], "prompt": "two \\u732b", "n": 2}']
+    given = ["--prompts", write_list(tmp_path / "metadata.jsonl", lines), "--size", 64, "--layout", "geneval", "--out",
+             tmp_path / "out"]
+    draw(*given)
+    found = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert sorted(found) == [
+        "00000/metadata.jsonl", *(f"00000/samples/000{k}.png" for k in range(4)),
+        "00001/metadata.jsonl", *(f"00001/samples/000{k}.png" for k in range(2))]
+    assert [found[f"0000{i}/metadata.jsonl"].read_text() for i in range(2)] == [line + "\n" for line in lines]
+    seeds = [json.loads(Image.open(found[f"00000/samples/000{k}.png"]).info["mentor"])["seed"] for k in range(4)]
+    assert seeds == [0, 1, 2, 3]
+    os.remove(found["00001/samples/0001.png"])
+    draw(*given)
+    assert "wrote 1 picture(s)" in capsys.readouterr().out and found["00001/samples/0001.png"].exists()
+    with pytest.raises(cli.InputError, match="00000/samples/000[123].png: is of other settings or of another list"):
+        draw(*given, "--n", 1)
+
+
+@pytest.mark.full
+def test_processes_share_a_list_and_draw_what_one_does(mixed, tmp_path):
+    draw("--prompts", mixed, "--size", 64, "--out", tmp_path / "one")
+    arguments = [*RANDOM, "--prompts", str(mixed), "--size", "64", "--batch", "2", "--out", str(tmp_path / "two")]
+    said = finish(run([*arguments, "--device", "cpu"], processes=2, module="sample"))
+    assert said.count("wrote 5 picture(s)") == 1 and said.count("prompt: ") == 1
+    names = sorted(os.listdir(tmp_path / "one"))
+    assert names == sorted(os.listdir(tmp_path / "two"))
+    assert all(pixels(tmp_path / "one" / name) == pixels(tmp_path / "two" / name) for name in names)
+    write_list(mixed, ['{"prompt": 5}'])
+    said = finish(run([*arguments, "--device", "cpu"], processes=2, module="sample"), code=1)
+    assert said.count("mixed.jsonl:1: prompt is 5") == 1
