@@ -19,6 +19,7 @@ import stat
 import sys
 import textwrap
 import typing
+import unicodedata
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -28,7 +29,7 @@ from types import UnionType
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 
@@ -152,7 +153,7 @@ class Parser(argparse.ArgumentParser):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers on the command line, as `type=` of a flag
+# Flags: numbers, as their `type=`, and those of sampling
 
 def checked(convert, condition, requirement):
     """A type for argparse: what `convert` makes of the text, if it meets the condition."""
@@ -169,6 +170,20 @@ positive_int = checked(int, lambda value: 0 < value < 2**53, "a whole number abo
 natural = checked(int, lambda value: 0 <= value < 2**53, "a whole number, 0 or above")
 positive_float = checked(float, lambda value: 0 < value < math.inf, "a number above 0")
 nonnegative_float = checked(float, lambda value: 0 <= value < math.inf, "a number, 0 or above")
+
+
+def add_sampling_flags(group):
+    """The flags of model.Sampling; `given_sampling` reads them."""
+    group.add_argument("--cfg", type=float, dest="cfg_scale", help="classifier-free guidance; 1 = none")
+    group.add_argument("--temperature", type=float, help="0 = always the likeliest token")
+    group.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    group.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach p")
+
+
+def given_sampling(args):
+    """-> {field of model.Sampling: value} of the flags that were given; all else comes with the weights."""
+    given = {name: getattr(args, name) for name in ("cfg_scale", "temperature", "top_k", "top_p")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,6 +409,24 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def move(self, batch):
+        """The batch with its tensors on this process's device."""
+        moved = dict(batch)
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                moved[key] = value.to(self.device, non_blocking=True)
+        return moved
+
+    def means(self, parts):
+        """Loss an element over all ranks. parts: (task, loss, elements) of this rank's samples. -> all, {task: mean}"""
+        sums = {}
+        for part in self.gather(parts):
+            for task, loss, elements in part:
+                before = sums.get(task, (0.0, 0))
+                sums[task] = before[0] + loss, before[1] + elements
+        total, count = (sum(column) for column in zip(*sums.values()))
+        return total / count, {task: loss / elements for task, (loss, elements) in sorted(sums.items())}
+
 
 def card_memory(device):
     """GiB that a GPU has in all; None where the device is none."""
@@ -512,6 +545,13 @@ def trim_log(path, steps):
     if os.path.exists(path):
         with atomic_file(path) as temporary, open(temporary, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
+
+
+def write_log(out, record, ranks):
+    """Adds a line to a run's log, if this is rank 0 and there is something to add."""
+    if ranks.rank == 0 and record:
+        with open(os.path.join(out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def plot_log(path, out):
@@ -663,6 +703,27 @@ def open_mask(path, image, source, doubts):
     return mask
 
 
+def picture_names(out, prompt, seeds, number=""):
+    """Where the images go: --out itself if it ends in .png, else a name in that folder, made of the letters and digits
+    of the prompt, without a number a new one (_2, ...). -> a name for each seed, that of all (the sheet)"""
+    line = unicodedata.normalize("NFC", prompt.split("\n")[-1].replace("<image>", "").casefold())
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in f"{number} {line}").split()
+    stem = "-".join(words).encode(sys.getfilesystemencoding(), "ignore")[:120].decode(errors="ignore") or "picture"
+    for i in range(1, sys.maxsize):
+        path = out if out.lower().endswith(".png") else os.path.join(out, stem + (f"_{i}" if i > 1 else "") + ".png")
+        names = [f"{path[:-4]}-{seed}.png" for seed in seeds] if len(seeds) > 1 else [path]
+        if path == out or number or not any(map(os.path.lexists, [path, *names])):
+            return names, path
+
+
+def save_picture(image, path, settings):
+    """Writes a PNG that carries its settings."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("mentor", json.dumps(settings))
+    with atomic_file(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=chunks)
+
+
 def contact_sheet(images, columns=None, gap=4):
     """A white sheet with PIL images of one size in rows of `columns` (default: a near-square)."""
     columns = columns or math.ceil(math.sqrt(len(images)))
@@ -699,6 +760,19 @@ def subject_of(path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading JSON
+
+def find_data(args, folder):
+    """Takes data, validation data and backgrounds from a folder, as far as it has them and no flag names others."""
+    files = {"data": [], "val": [], "backgrounds": []}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))):
+        kind = "val" if os.path.basename(path).startswith("val") else "data"
+        if os.path.basename(path) == "backgrounds.jsonl":
+            kind = "backgrounds"
+        files[kind].append(path)
+    if files["data"]:
+        for kind, paths in files.items():
+            setattr(args, kind, getattr(args, kind) or paths)
+
 
 BEGINNINGS = (   # how files begin that lie where another should, and what they are
     (rb"version https://git-lfs", "a git-LFS pointer in place of the file; run `git lfs pull`, or download the file"),

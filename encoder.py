@@ -134,20 +134,6 @@ class ClipVision(nn.Module):
         return self.forward_features(pixels, self.config.layers - 1)[:, 1:]
 
 
-CLIP_NAMES = (  # ours -> public, regular expressions applied in order; "pre_layrnorm" really is the public name
-    (r"^vision\.blocks", "vision_model.encoder.layers"),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attn\.([qkv])\.", r".self_attn.\1_proj."),
-    (r"\.attn\.o\.", r".self_attn.out_proj."),
-    (r"\.(fc[12])\.", r".mlp.\1."),
-    (r"^vision\.patch_embed", "vision_model.embeddings.patch_embedding"),
-    (r"^vision\.class_embed", "vision_model.embeddings.class_embedding"),
-    (r"^vision\.pos_embed", "vision_model.embeddings.position_embedding.weight"),
-    (r"^vision\.norm_pre", "vision_model.pre_layrnorm"),
-    (r"^vision\.norm_post", "vision_model.post_layernorm"),
-)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # T5
 
@@ -303,21 +289,6 @@ class T5(nn.Module):
         return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
 
 
-T5_NAMES = (  # ours -> public, regular expressions applied in order
-    (r"^embed\.", "shared."),
-    (r"\.relative_bias\.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
-    (r"\.blocks\.(\d+)\.attn\.", r".block.\1.layer.0.SelfAttention."),
-    (r"\.blocks\.(\d+)\.attn_norm\.", r".block.\1.layer.0.layer_norm."),
-    (r"\.blocks\.(\d+)\.cross\.", r".block.\1.layer.1.EncDecAttention."),
-    (r"\.blocks\.(\d+)\.cross_norm\.", r".block.\1.layer.1.layer_norm."),
-    (r"^encoder\.blocks\.(\d+)\.(w\w+)\.", r"encoder.block.\1.layer.1.DenseReluDense.\2."),
-    (r"^encoder\.blocks\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^decoder\.blocks\.(\d+)\.(w\w+)\.", r"decoder.block.\1.layer.2.DenseReluDense.\2."),
-    (r"^decoder\.blocks\.(\d+)\.ffn_norm\.", r"decoder.block.\1.layer.2.layer_norm."),
-    (r"^(encoder|decoder)\.norm\.", r"\1.final_layer_norm."),
-)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Connectors: images into T5's space
 
@@ -414,30 +385,6 @@ def make_connector(vision_width, t5_width, form, query):
     if form == "query":
         return QueryConnector(query, vision_width, t5_width)
     return Connector(vision_width, t5_width, form)
-
-
-QUERY_NAMES = (  # ours -> public (InstructBLIP's), regular expressions applied in order
-    (r"^queries$", "query_tokens"),
-    (r"^out\.", "language_projection."),
-    (r"^embed\.", "qformer.embeddings.word_embeddings."),
-    (r"^position\.", "qformer.embeddings.position_embeddings."),
-    (r"^norm\.", "qformer.embeddings.layernorm."),
-    (r"^blocks\.(\d+)\.attn\.o\.", r"qformer.encoder.layer.\1.attention.output.dense."),
-    (r"^blocks\.(\d+)\.cross\.o\.", r"qformer.encoder.layer.\1.crossattention.output.dense."),
-    (r"^blocks\.(\d+)\.attn\.", r"qformer.encoder.layer.\1.attention.attention."),
-    (r"^blocks\.(\d+)\.cross\.", r"qformer.encoder.layer.\1.crossattention.attention."),
-    (r"attention\.q\.", "attention.query."),
-    (r"attention\.k\.", "attention.key."),
-    (r"attention\.v\.", "attention.value."),
-    (r"^blocks\.(\d+)\.attn_norm\.", r"qformer.encoder.layer.\1.attention.output.LayerNorm."),
-    (r"^blocks\.(\d+)\.cross_norm\.", r"qformer.encoder.layer.\1.crossattention.output.LayerNorm."),
-    (r"^blocks\.(\d+)\.query_fc1\.", r"qformer.encoder.layer.\1.intermediate_query.dense."),
-    (r"^blocks\.(\d+)\.query_fc2\.", r"qformer.encoder.layer.\1.output_query.dense."),
-    (r"^blocks\.(\d+)\.query_norm\.", r"qformer.encoder.layer.\1.output_query.LayerNorm."),
-    (r"^blocks\.(\d+)\.fc1\.", r"qformer.encoder.layer.\1.intermediate.dense."),
-    (r"^blocks\.(\d+)\.fc2\.", r"qformer.encoder.layer.\1.output.dense."),
-    (r"^blocks\.(\d+)\.norm\.", r"qformer.encoder.layer.\1.output.LayerNorm."),
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ import cli
 import data
 import weights
 from cli import InputError, Ranks
-from sample import add_sampling_flags, given_sampling
 from scorers import (BLACK, CATEGORIES, PROMPT_GROUPS, Scorer, VisionJudge, color_distance, judge_table, mask_iou,
                      published_name)
 
@@ -264,7 +263,7 @@ def load_model(args, ranks):
     """-> model whose sampling settings are its own but for the flags given, and all that decides what it draws."""
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     mentor = weights.load(args.weights, device=ranks.device, dtype=dtype)
-    sampling = replace(mentor.config.sampling, **given_sampling(args))
+    sampling = replace(mentor.config.sampling, **cli.given_sampling(args))
     sampling.check(mentor.config.decoder.codes)
     mentor.config = replace(mentor.config, sampling=sampling)
     settings = {name: value for name, value in vars(args).items() if name in SAMPLING}
@@ -631,7 +630,7 @@ def add_drawing(command, what, seed=0, each="the first image, counted up"):
     command.add_argument("--out", metavar="FOLDER", help="default out/eval/COMMAND")
     command.add_argument("--batch", type=cli.positive_int, default=8, help="images sampled together (default 8)")
     command.add_argument("--seed", type=cli.natural, default=seed, help=f"of {each} (default {seed})")
-    add_sampling_flags(command.add_argument_group(
+    cli.add_sampling_flags(command.add_argument_group(
         "how to sample", "Defaults come with the weights; MENTOR's release evaluates with --cfg 7.5 --top-k 16384."))
 
 

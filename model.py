@@ -461,10 +461,10 @@ class Mentor(nn.Module):
             raise InputError("these weights hold no trained connector, so they cannot see reference pictures; "
                              "leave out the references or use MENTOR's weights")
         batch = {key: batch[key].to(self.device) for key in ("ids", "mask", "refs", "words") if key in batch}
-        if not seeds or len(seeds) % len(batch["ids"]) or not 0 <= min(seeds) <= max(seeds) < 2**63:
-            raise ValueError(f"{len(seeds)} seeds for {len(batch['ids'])} prompts; give as many, or a multiple, all 0 or "
-                             "above")
-        prefix = self.prefix(**batch).repeat(len(seeds) // len(batch["ids"]))
+        prompts = len(batch["ids"])
+        if not seeds or len(seeds) % prompts or not 0 <= min(seeds) <= max(seeds) < 2**63:
+            raise ValueError(f"{len(seeds)} seeds for {prompts} prompts; give as many, or a multiple, all 0 or above")
+        prefix = self.prefix(**batch).repeat(len(seeds) // prompts)
         if offload:
             self.encoder.to("meta")
             self.decoder.to(self.device)

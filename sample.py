@@ -19,12 +19,11 @@ import os
 import re
 import sys
 import time
-import unicodedata
 from dataclasses import asdict, replace
 from glob import escape, glob
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import cli
 import data
@@ -46,20 +45,6 @@ MORE_EXAMPLES = """other things to try:
 """
 
 
-def add_sampling_flags(group):
-    """The flags of model.Sampling; `given_sampling` reads them."""
-    group.add_argument("--cfg", type=float, dest="cfg_scale", help="classifier-free guidance; 1 = none")
-    group.add_argument("--temperature", type=float, help="0 = always the likeliest token")
-    group.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    group.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach p")
-
-
-def given_sampling(args):
-    """-> {field of model.Sampling: value} of the flags that were given; all else comes with the weights."""
-    given = {name: getattr(args, name) for name in ("cfg_scale", "temperature", "top_k", "top_p")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def parse(argv):
     """The command line -> arguments."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,7 +63,7 @@ def parse(argv):
     many.add_argument("--layout", choices=["plain", "geneval"], help="a folder for FID (default), or GenEval's folders")
     how = parser.add_argument_group("how to sample (defaults come with the weights)")
     how.add_argument("--seed", type=cli.natural, default=0, help="default 0; image i of --n has seed + i")
-    add_sampling_flags(how)
+    cli.add_sampling_flags(how)
     where = parser.add_argument_group("with what and where")
     where.add_argument("--weights", default="tiny", help="a folder, a hub repository (owner/name), random, or one of "
                        f"{', '.join([*weights.BUNDLED, *weights.HUB])}; default tiny")
@@ -115,47 +100,26 @@ def parse(argv):
     if not args.task and not args.prompt.strip() and not args.prompts:
         raise InputError('there is nothing to draw; add --prompt "..."')
     args.task = args.task or ("subject" if args.ref else "t2i")
-    args.sampling = given_sampling(args)
+    args.sampling = cli.given_sampling(args)
     args.subject = args.subject or list(map(cli.subject_of, args.ref))
     return args
 
 
-def out_names(out, prompt, seeds, number=""):
-    """Where the images go: --out itself if it ends in .png, else a name in that folder, made of the letters and digits
-    of the prompt, without a number a new one (_2, ...). -> a name for each seed, that of all (the sheet)"""
-    line = unicodedata.normalize("NFC", prompt.split("\n")[-1].replace(data.IMAGE, "").casefold())
-    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in f"{number} {line}").split()
-    stem = "-".join(words).encode(sys.getfilesystemencoding(), "ignore")[:120].decode(errors="ignore") or "picture"
-    for i in range(1, sys.maxsize):
-        path = out if out.lower().endswith(".png") else os.path.join(out, stem + (f"_{i}" if i > 1 else "") + ".png")
-        names = [f"{path[:-4]}-{seed}.png" for seed in seeds] if len(seeds) > 1 else [path]
-        if path == out or number or not any(map(os.path.lexists, [path, *names])):
-            return names, path
-
-
-def save(image, path, settings):
-    """Writes a PNG that carries its settings."""
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("mentor", json.dumps(settings))
-    with cli.atomic_file(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=chunks)
-
-
 def save_all(images, out, settings):
-    """Images to the files that `out_names` gives, each with its seed; of several a contact sheet."""
+    """Images to the files that `cli.picture_names` gives, each with its seed; of several a contact sheet."""
     seeds = range(settings["seed"], settings["seed"] + len(images))
-    names, path = out_names(out, settings["prompt"], seeds)
+    names, path = cli.picture_names(out, settings["prompt"], seeds)
     for image, name, seed in zip(images, names, seeds):
-        save(image, name, {**settings, "seed": seed, "n": 1})
+        cli.save_picture(image, name, {**settings, "seed": seed, "n": 1})
     if len(images) > 1:
-        save(cli.contact_sheet(images), path, settings)
+        cli.save_picture(cli.contact_sheet(images), path, settings)
     print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
 
 
 def read(processor, request):
     """A request and its references -> what the network reads; InputError names a list's line."""
     try:
-        return processor(request.prompt, list(map(data.open_image, request.refs)))
+        return processor(request.prompt, list(map(data.open_image, request.refs)), request.subjects)
     except InputError as error:
         raise InputError(f"{request.where}{error}") from None
 
@@ -163,7 +127,7 @@ def read(processor, request):
 def requests_of(args):
     """What the flags or each line of --prompts ask for, all filled in, the prompt as the network reads it."""
     requests = cli.read_prompts(args.prompts) if args.prompts else [Request(args.prompt, args.ref, args.subject)]
-    processor = data.Processor(weights.byte_tokenizer(), patches=1, max_tokens=1 << 16, image_size=32)
+    processor = data.Processor(weights.byte_tokenizer(), image_tokens=1, max_tokens=1 << 16, image_size=32)
     for i, request in enumerate(requests):
         prompt, seed = request.prompt, request.seed
         task = "subject" if args.prompts and request.refs else args.task
@@ -189,7 +153,7 @@ def draw_list(mentor, args, requests, common, ranks):
     for i, request in enumerate(requests):
         read(mentor.processor, request)        # is the prompt too long?
         seeds = range(request.seed, request.seed + request.n)
-        paths, _ = out_names(args.out, request.prompt, seeds, f"{i:05}")
+        paths, _ = cli.picture_names(args.out, request.prompt, seeds, f"{i:05}")
         if args.layout == "geneval":
             paths = [os.path.join(args.out, f"{i:05}", "samples", f"{k:04}.png") for k in range(request.n)]
         for seed, path in zip(seeds, paths):
@@ -208,7 +172,7 @@ def draw_list(mentor, args, requests, common, ranks):
         paths = share[start:start + args.batch]
         chunk, settings = zip(*(wanted[path] for path in paths))
         for path, image, its in zip(paths, draw(mentor, args, chunk, [its["seed"] for its in settings]), settings):
-            save(image, path, its)
+            cli.save_picture(image, path, its)
     ranks.barrier()
     print(f"wrote {len(wanted) - len(there)} picture(s) to {args.out}, which held {len(there)}")
 

@@ -33,8 +33,8 @@ from torch import nn
 import cli
 import data
 from cli import InputError
-from encoder import CLIP_NAMES, ClipVision, VisionConfig, VitBlock
-from weights import download, fill_in, public_name, read_tensors
+from encoder import ClipVision, VisionConfig, VitBlock
+from weights import CLIP_NAMES, download, fill_in, public_name, read_tensors
 
 NETWORKS = {     # used unless a folder is named: (repository, files)
     "clip": ("openai/clip-vit-base-patch32", ("pytorch_model.bin", "vocab.json", "merges.txt")),

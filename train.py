@@ -12,7 +12,6 @@ The loop at the end is short: start there if you like. Next: `world/`, where a s
 """
 import argparse
 import copy
-import glob
 import json
 import math
 import os
@@ -174,19 +173,6 @@ def override(stage, args):
     return replace(stage, tasks=tasks)
 
 
-def find_data(args, folder):
-    """Takes data, validation data and backgrounds from a folder, as far as it has them and no flag names others."""
-    files = {"data": [], "val": [], "backgrounds": []}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))):
-        kind = "val" if os.path.basename(path).startswith("val") else "data"
-        if os.path.basename(path) == "backgrounds.jsonl":
-            kind = "backgrounds"
-        files[kind].append(path)
-    if files["data"]:
-        for kind, paths in files.items():
-            setattr(args, kind, getattr(args, kind) or paths)
-
-
 def parse(argv):
     """The command line -> arguments, the stage's row with their overrides, whether this is the example."""
     parser = make_parser(list(STAGES), __doc__)
@@ -200,10 +186,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     for folder in (os.path.join("data", args.stage), "data"):
         if not args.data:
-            find_data(args, folder)
+            cli.find_data(args, folder)
     example = args.stage == "2" and not (args.data or args.init or os.path.exists("data"))
     if example:
-        find_data(args, EXAMPLE_DATA)
+        cli.find_data(args, EXAMPLE_DATA)
         args.out = args.out or EXAMPLE_OUT
     if not args.data:
         raise InputError(f"there is nothing to learn from; put JSON lines into data/{args.stage}/ or data/, or name "
@@ -519,26 +505,6 @@ def restore(model, optimizers, tensors):
 VAL_SAMPLES, SHEET_ROWS = 128, 4
 
 
-def to_device(batch, device):
-    """The batch with its tensors on the device."""
-    moved = dict(batch)
-    for key, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            moved[key] = value.to(device, non_blocking=True)
-    return moved
-
-
-def means(ranks, parts):
-    """Loss an element over all ranks. parts: (task, loss, elements) of this rank's samples. -> all, {task: mean}"""
-    sums = {}
-    for part in ranks.gather(parts):
-        for task, loss, elements in part:
-            before = sums.get(task, (0.0, 0))
-            sums[task] = before[0] + loss, before[1] + elements
-    total, count = (sum(column) for column in zip(*sums.values()))
-    return total / count, {task: loss / elements for task, (loss, elements) in sorted(sums.items())}
-
-
 def validate(run):
     """Mean loss an element for every task of the validation data, the batches shared among the ranks."""
     count, val, parts = min(len(run.val), VAL_SAMPLES), run.val, []
@@ -549,10 +515,10 @@ def validate(run):
         start = starts[min(number, len(starts) - 1)]
         batch = data.collate([val[k] for k in range(start, min(start + run.micro, count))])
         with run.evaluating(), run.autocast():
-            losses = run.model(to_device(batch, run.ranks.device))                        # (B,)
+            losses = run.model(run.ranks.move(batch))                        # (B,)
         if number < len(starts):
             parts += zip(batch["task"], losses.tolist(), run.objective.elements(batch).tolist())
-    return means(run.ranks, parts)[1]
+    return run.ranks.means(parts)[1]
 
 
 def sheet(run):
@@ -608,11 +574,11 @@ def train_step(run, micro_batches, step):
     for i, batch in enumerate(micro_batches):
         with accumulating(run.model, last=i == len(micro_batches) - 1):
             with run.autocast(cache=False):
-                losses = run.model(to_device(batch, run.ranks.device))                    # (B,), sums over elements
+                losses = run.model(run.ranks.move(batch))                    # (B,), sums over elements
             # divided by all elements of the global batch; times world, because the ranks' gradients are averaged
             (losses.sum() * (run.ranks.world / total)).backward()
         parts += zip(batch["task"], losses.tolist(), elements[i].tolist())
-    loss, losses = means(run.ranks, parts)
+    loss, losses = run.ranks.means(parts)
     norm = math.hypot(*map(clip_gradients, run.optimizers))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         names = sum(run.ranks.gather([name for batch in micro_batches for name in batch["name"]]), [])
@@ -638,13 +604,6 @@ def watch(run, step):
     return {"step": step, "val": losses}
 
 
-def write_log(run, record):
-    """Adds a line to the log."""
-    if run.ranks.rank == 0 and record:
-        with open(os.path.join(run.args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
 def loop(run, stop, loader, problems, before_step):
     """All steps: learning rate, batches, step, log, checkpoint, validation. -> steps done, fewer after a signal"""
     args, stage, ranks = run.args, run.stage, run.ranks
@@ -652,7 +611,7 @@ def loop(run, stop, loader, problems, before_step):
     def due(done, every):
         return done % every == 0 or done == run.steps
     if run.first and due(run.first, args.sample_every):        # the run may have been killed before it came to this
-        write_log(run, watch(run, run.first))
+        cli.write_log(args.out, watch(run, run.first), ranks)
     bar = cli.bar(range(run.first, run.steps), initial=run.first, total=run.steps, unit="step", disable=ranks.rank > 0)
     for step in bar:
         begun, done = time.perf_counter(), step + 1
@@ -670,14 +629,14 @@ def loop(run, stop, loader, problems, before_step):
                    "samples_per_s": stage.global_batch / (time.perf_counter() - begun)}
         bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {lr:.1e}, {record['samples_per_s']:.1f} samples/s, "
                             f"{record['memory_gib']:.1f} GiB", refresh=False)
-        write_log(run, record)
+        cli.write_log(args.out, record, ranks)
         leave = ranks.sum([stop.signal is not None])[0] > 0
         if due(done, args.save_every) or leave:
             save_checkpoint(run, done)
         if leave and done < run.steps:
             return done
         if due(done, args.sample_every):
-            write_log(run, watch(run, done))
+            cli.write_log(args.out, watch(run, done), ranks)
     return run.steps
 
 

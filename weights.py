@@ -1,8 +1,8 @@
 """Weights: public files and saved folders in, a whole model out; complete, or an error that names what is missing.
 
 The public files of MENTOR, LlamaGen, CLIP, FLAN-T5, and LLaVA's and InstructBLIP's connectors are recognised by the
-tensors in them and read under the names that their authors gave (tables such as CLIP_NAMES are beside the networks;
-LAYOUTS below says which parts of our model each file fills). A folder written by `save` is read the same way, with our
+tensors in them and read under the names that their authors gave (CLIP_NAMES, T5_NAMES, QUERY_NAMES; LAYOUTS says which
+parts of our model each file fills). A folder written by `save` is read the same way, with our
 own names. Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
 
     mentor = weights.load("tiny")                    # or "mentor", "random", a folder, a hub repository
@@ -34,7 +34,7 @@ from torch import nn
 import cli
 from cli import InputError
 from data import CAPTION_TOKENS, IMAGE
-from encoder import CLIP_NAMES, CONNECTORS, QUERY_NAMES, T5_NAMES, QueryConfig, make_connector
+from encoder import CONNECTORS, QueryConfig, make_connector
 from model import PARTS, SIZES, Mentor, MentorConfig, Sampling
 from rope2d import PREFIX_ROPE
 
@@ -57,6 +57,59 @@ OWN_FILES = (*MODEL_FILES, WORDS)
 CHECKPOINT_FILES = (*OWN_FILES, "training.safetensors", "training.json", "checksums.json")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Public names: ours -> theirs, regular expressions applied in order
+
+CLIP_NAMES = (     # "pre_layrnorm" really is the public name
+    (r"^vision\.blocks", "vision_model.encoder.layers"),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.attn\.o\.", r".self_attn.out_proj."),
+    (r"\.(fc[12])\.", r".mlp.\1."),
+    (r"^vision\.patch_embed", "vision_model.embeddings.patch_embedding"),
+    (r"^vision\.class_embed", "vision_model.embeddings.class_embedding"),
+    (r"^vision\.pos_embed", "vision_model.embeddings.position_embedding.weight"),
+    (r"^vision\.norm_pre", "vision_model.pre_layrnorm"),
+    (r"^vision\.norm_post", "vision_model.post_layernorm"),
+)
+T5_NAMES = (
+    (r"^embed\.", "shared."),
+    (r"\.relative_bias\.", ".block.0.layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.blocks\.(\d+)\.attn\.", r".block.\1.layer.0.SelfAttention."),
+    (r"\.blocks\.(\d+)\.attn_norm\.", r".block.\1.layer.0.layer_norm."),
+    (r"\.blocks\.(\d+)\.cross\.", r".block.\1.layer.1.EncDecAttention."),
+    (r"\.blocks\.(\d+)\.cross_norm\.", r".block.\1.layer.1.layer_norm."),
+    (r"^encoder\.blocks\.(\d+)\.(w\w+)\.", r"encoder.block.\1.layer.1.DenseReluDense.\2."),
+    (r"^encoder\.blocks\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^decoder\.blocks\.(\d+)\.(w\w+)\.", r"decoder.block.\1.layer.2.DenseReluDense.\2."),
+    (r"^decoder\.blocks\.(\d+)\.ffn_norm\.", r"decoder.block.\1.layer.2.layer_norm."),
+    (r"^(encoder|decoder)\.norm\.", r"\1.final_layer_norm."),
+)
+QUERY_NAMES = (    # InstructBLIP's
+    (r"^queries$", "query_tokens"),
+    (r"^out\.", "language_projection."),
+    (r"^embed\.", "qformer.embeddings.word_embeddings."),
+    (r"^position\.", "qformer.embeddings.position_embeddings."),
+    (r"^norm\.", "qformer.embeddings.layernorm."),
+    (r"^blocks\.(\d+)\.attn\.o\.", r"qformer.encoder.layer.\1.attention.output.dense."),
+    (r"^blocks\.(\d+)\.cross\.o\.", r"qformer.encoder.layer.\1.crossattention.output.dense."),
+    (r"^blocks\.(\d+)\.attn\.", r"qformer.encoder.layer.\1.attention.attention."),
+    (r"^blocks\.(\d+)\.cross\.", r"qformer.encoder.layer.\1.crossattention.attention."),
+    (r"attention\.q\.", "attention.query."),
+    (r"attention\.k\.", "attention.key."),
+    (r"attention\.v\.", "attention.value."),
+    (r"^blocks\.(\d+)\.attn_norm\.", r"qformer.encoder.layer.\1.attention.output.LayerNorm."),
+    (r"^blocks\.(\d+)\.cross_norm\.", r"qformer.encoder.layer.\1.crossattention.output.LayerNorm."),
+    (r"^blocks\.(\d+)\.query_fc1\.", r"qformer.encoder.layer.\1.intermediate_query.dense."),
+    (r"^blocks\.(\d+)\.query_fc2\.", r"qformer.encoder.layer.\1.output_query.dense."),
+    (r"^blocks\.(\d+)\.query_norm\.", r"qformer.encoder.layer.\1.output_query.LayerNorm."),
+    (r"^blocks\.(\d+)\.fc1\.", r"qformer.encoder.layer.\1.intermediate.dense."),
+    (r"^blocks\.(\d+)\.fc2\.", r"qformer.encoder.layer.\1.output.dense."),
+    (r"^blocks\.(\d+)\.norm\.", r"qformer.encoder.layer.\1.output.LayerNorm."),
+)
+PROJECTOR_NAMES = ((r"^fc", "cls_embedding.cap_proj.fc"), (r"^uncond$", "cls_embedding.uncond_embedding"))
+
+
 class Part(NamedTuple):
     """A part of our model as a public file holds it."""
     ours: str              # prefix of our names
@@ -65,7 +118,6 @@ class Part(NamedTuple):
     in_table: str = ""     # prefix under which the table knows the part
 
 
-PROJECTOR_NAMES = ((r"^fc", "cls_embedding.cap_proj.fc"), (r"^uncond$", "cls_embedding.uncond_embedding"))
 CLIP_TOWER = "multimodal_encoder.vision_model.vision_tower."
 LAYOUTS = {  # kind of public file: the parts that it fills
     "mentor": (Part("encoder.clip.", CLIP_TOWER, CLIP_NAMES, "vision."),

@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import prepare
 import weights
-from encoder import CLIP_NAMES, T5Config, VisionConfig
+from encoder import T5Config, VisionConfig
 from model import SIZES, DecoderConfig, Mentor, MentorConfig, Sampling
 from scorers import CLIP_TEXT_NAMES, DINO_NAMES, Clip, Dino, TextConfig
 from vqgan import VQConfig
@@ -181,7 +181,7 @@ def networks(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "clip" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "clip" / "merges.txt").write_text("#version: 0.2\n")
-    clip = public(Clip(vision, text, 48), CLIP_NAMES + CLIP_TEXT_NAMES)
+    clip = public(Clip(vision, text, 48), weights.CLIP_NAMES + CLIP_TEXT_NAMES)
     clip["vision_model.embeddings.position_ids"] = torch.arange(17)               # older files hold these too
     torch.save(clip, folder / "clip" / "pytorch_model.bin")
     save_file(public(Dino(32, 64, 2, 1), DINO_NAMES), folder / "dino" / "model.safetensors")

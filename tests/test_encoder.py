@@ -4,9 +4,8 @@ import torch
 from conftest import TINY, Golden, close, t5_config, vision_config
 
 from cli import InputError
-from encoder import (CLIP_NAMES, QUERY_NAMES, T5, T5_NAMES, ClipVision, Connector, MultimodalEncoder, QueryConfig,
-                     QueryConnector, T5Config)
-from weights import public_name
+from encoder import T5, ClipVision, Connector, MultimodalEncoder, QueryConfig, QueryConnector, T5Config
+from weights import CLIP_NAMES, QUERY_NAMES, T5_NAMES, public_name
 
 
 @pytest.mark.parametrize("name, step, atol", [

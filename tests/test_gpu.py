@@ -298,7 +298,7 @@ def test_gradients_behind_padding_are_finite_and_near_those_of_the_cpu(length):
     for device in ("cpu", CUDA):
         model.to(device).zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == CUDA):
-            loss = model(train.to_device(batch, device)).mean()
+            loss = model(cli.Ranks(0, 1, device).move(batch)).mean()
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(gradient.isfinite().all() for gradient in gradients)
@@ -448,7 +448,7 @@ def test_the_memory_formula_is_within_10_percent_of_what_the_card_held(stage, re
     train.wrap(objective, train.make_parser(train.STAGES, "").parse_args(["--stage", stage, *flags]),
                cli.Ranks(0, 1, device))
     optimizer, = train.make_optimizers(objective, row)
-    batch = train.to_device(full_batch(mentor.config, micro, captions=False), device)
+    batch = cli.Ranks(0, 1, device).move(full_batch(mentor.config, micro, captions=False))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         with torch.autocast(CUDA, torch.bfloat16, cache_enabled=False):

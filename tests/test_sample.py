@@ -145,7 +145,7 @@ def test_other_formats_are_refused(tmp_path, name):
 
 def test_in_a_folder_nothing_is_ever_replaced_and_names_keep_the_letters_of_all_scripts(tmp_path):
     def names(prompt, seeds=(0,)):
-        found, path = sample.out_names(str(tmp_path), prompt, seeds)
+        found, path = cli.picture_names(str(tmp_path), prompt, seeds)
         for name in {*found, path}:
             assert not os.path.exists(name)
             pathlib.Path(name).touch()
@@ -164,7 +164,7 @@ def test_in_a_folder_nothing_is_ever_replaced_and_names_keep_the_letters_of_all_
         assert len(names(prompt)[0].encode()) < 140            # a file system takes 255, a temporary name is longer
     mine = str(tmp_path / "mine.png")
     pathlib.Path(mine).touch()
-    assert sample.out_names(mine, "x", (1,)) == ([mine], mine)
+    assert cli.picture_names(mine, "x", (1,)) == ([mine], mine)
 
 
 def test_the_same_command_twice_keeps_both_pictures_and_a_name_given_is_taken(tmp_path, capsys):

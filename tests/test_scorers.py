@@ -12,7 +12,7 @@ from PIL import Image
 import scorers
 import weights
 from cli import InputError
-from encoder import CLIP_NAMES, VisionConfig
+from encoder import VisionConfig
 from scorers import CLIP_TEXT_NAMES, DINO_NAMES, Clip, Dino
 
 WHITE = Image.new("RGB", (32, 32), "white")
@@ -27,7 +27,8 @@ WHITE = Image.new("RGB", (32, 32), "white")
 def test_clip_agrees_with_the_golden_outputs(name, step, atol):
     g = Golden(name)
     vision, text = vision_config(g.config["vision"]), text_config(g.config["text"])
-    clip = g.fill_by_table(Clip(vision, text, g.config["vision"]["projection_dim"]), CLIP_NAMES + CLIP_TEXT_NAMES)
+    clip = Clip(vision, text, g.config["vision"]["projection_dim"])
+    g.fill_by_table(clip, weights.CLIP_NAMES + CLIP_TEXT_NAMES)
     pixels = g.noise("pixels", (1, 3, vision.image_size, vision.image_size))
     close(clip.vision(pixels)[:, ::step, ::step], g["penultimate_patches"], atol)
     close(clip.embed_images(pixels), g["image_embedding"], atol)
@@ -50,7 +51,7 @@ def test_networks_of_the_published_size_are_recognised_from_their_tensors():
     vision, text = vision_config(g.config["vision"]), text_config(g.config["text"])
     with torch.device("meta"):
         clip, dino = Clip(vision, text, 768), Dino(8)
-        clip_again = scorers.clip_of(public_tensors(clip, CLIP_NAMES + CLIP_TEXT_NAMES))
+        clip_again = scorers.clip_of(public_tensors(clip, weights.CLIP_NAMES + CLIP_TEXT_NAMES))
         dino_again = scorers.dino_of(public_tensors(dino, DINO_NAMES))
     assert clip_again.vision.config == vision and clip_again.text.config == text
     for module, again in ((clip, clip_again), (dino, dino_again)):

@@ -25,10 +25,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import data
 import weights
 from cli import InputError
-from encoder import CLIP_NAMES, QueryConfig
+from encoder import QueryConfig
 from model import SIZES, Mentor, MentorConfig, Sampling
 from scorers import CLIP_TEXT_NAMES, Clip, TextConfig
-from weights import byte_tokenizer
+from weights import CLIP_NAMES, byte_tokenizer
 
 ROOT = pathlib.Path(weights.__file__).parent
 WHOLE_CLIP = CLIP_NAMES + CLIP_TEXT_NAMES
