@@ -286,15 +286,15 @@ def check_import(args, val):
     """Raises InputError where the command would destroy something, or mix training and validation."""
     if args.image_root is not None and not os.path.isdir(args.image_root):
         raise InputError(f"--image-root {args.image_root}: no such folder; give the one with the pictures")
+    for path in (args.out, val):
+        if os.path.exists(path) and os.path.samefile(path, args.file):
+            raise InputError(f"--out {args.out}: would replace the file that is to be imported; choose another name")
     if os.path.basename(args.out).startswith("val") and args.holdout:
         raise InputError(f"--out {args.out}: train.py takes names that begin with val for validation; choose another")
     if not args.holdout and os.path.exists(val):
         raise InputError(f"{val}: is there from an earlier import, and train.py would validate on rows that are now "
                          "trained on; remove it or give --holdout")
-    for path in (args.out, val):
-        if os.path.exists(path) and os.path.samefile(path, args.file):
-            raise InputError(f"--out {args.out}: is, or lies beside, what is to be imported; choose another name")
-        cli.probe(path)
+    cli.probe(args.out)
 
 
 def converted(entries, make, pictures, share, tally):

@@ -412,7 +412,7 @@ def test_rows_name_their_pictures_from_the_folder_they_lie_in(tmp_path):
     ("", [], "is empty"), (json.dumps(x2i("{1}", ["gone.png"])), [], "no row for training came out; .*no such picture"),
     (json.dumps(x2i("{1}", ["1.png"])), ["--image-root", "nowhere"], "--image-root nowhere: no such folder"),
     (json.dumps(x2i("{1}", ["1.png"])), ["--holdout", "1"], "--holdout: must be from 0 to below 1"),
-    (json.dumps(x2i("{1}", ["1.png"])), ["--out", "{folder}/x2i.jsonl"], "is to be imported; choose another name"),
+    (json.dumps(x2i("{1}", ["1.png"])), ["--out", "{folder}/x2i.jsonl"], "would replace the file that is to be imported"),
     (json.dumps(x2i("{1}", ["1.png"])), ["--out", "val.jsonl", "--holdout", "0.1"], "begin with val for validation")])
 def test_what_cannot_be_imported_is_one_sentence_and_replaces_nothing(tmp_path, content, flags, said):
     picture(tmp_path / "1.png")
