@@ -1,15 +1,18 @@
 """Commands on training data: make it from your own images, look at it, encode its targets once for many runs.
 
     python prepare.py folder my_pictures                                       # writes my_pictures/data.jsonl
+    python prepare.py import x2i.jsonl --out data.jsonl --holdout 0.05         # others' files; and val-data.jsonl
     python prepare.py look my_pictures/data.jsonl                              # writes out/look.png, counts, problems
     python prepare.py encode my_pictures/data.jsonl --weights W --out codes    # saves train.py the VQGAN's encoder
 
 `data.py` describes the JSON lines and the tasks. `train.py --codes codes` reads the codes, by weights.Codes.
 """
 import argparse
+import hashlib
 import json
 import os
 import re
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -128,6 +131,218 @@ def folder(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# import: a function for each format, which looks at a file and makes rows of it
+
+class Pictures:
+    """Where the pictures lie that a file names.
+
+    Its paths start at its own folder, or at `root` where that is given. There a path of another machine is taken for
+    what its last parts name, and all that begin as it does for what lies beside that, lest a missing picture be taken
+    for another one of the same name. Rows have paths from the folder of `out` on; absolute ones stay as they are.
+    """
+
+    def __init__(self, path, root, out):
+        self.folder, self.root = os.path.dirname(path), root
+        self.out = os.path.dirname(os.path.abspath(out))
+        self.beginnings = []                   # the first parts of paths that stand for `root`
+
+    def __call__(self, name):
+        """A path of the file -> the same of a row; InputError where nothing lies there."""
+        if self.root is None:
+            place = os.path.join(self.folder, name)
+        else:
+            absolute = re.match(r"[/\\]|[A-Za-z]:", name)
+            place = os.path.join(self.root, *self.below_root(re.split(r"[/\\]+", name if absolute else f"./{name}")))
+        if not os.path.isfile(place):
+            raise InputError(f"no such picture: {place}")
+        return place if self.root is None and os.path.isabs(name) else os.path.relpath(place, self.out)
+
+    def below_root(self, parts):
+        """Those of a path's parts that are to be looked up under `root`."""
+        for beginning in self.beginnings:
+            if parts[:len(beginning)] == beginning:
+                return parts[len(beginning):]
+        for i in range(1, len(parts)):         # the first is /, a drive or the file's folder
+            if os.path.isfile(os.path.join(self.root, *parts[i:])):
+                self.beginnings.append(parts[:i])
+                return parts[i:]
+        return parts[1:]
+
+
+def first_objects(path, most=20):
+    """The JSON objects among the first lines of a file."""
+    objects = []
+    with open(path, "rb") as file:
+        for _ in range(most):
+            line = file.readline(data.LONGEST).removeprefix(b"\xef\xbb\xbf").strip()
+            try:
+                objects.append(cli.parse_json(line, path))
+            except InputError:                 # damaged, or no JSON at all
+                continue
+    return [record for record in objects if isinstance(record, dict)]
+
+
+def json_lines(path):
+    """Yields (file:LINE, the line) of all lines that are not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if line:
+                yield f"{path}:{number}", line
+
+
+X2I_PICTURE = re.compile(r"(?:<img>\s*)?<\|image_(\d{1,9})\|>(?:\s*</img>)?")
+IN_CONTEXT = re.compile(r"(?<![a-z])icl(?![a-z])|in[-_ ]?context", re.IGNORECASE)
+
+
+def x2i(path):
+    """X2I's JSON lines, of several subjects or in context (OmniGen, arXiv 2409.11340; huggingface.co/yzwang)."""
+    if any({"instruction", "output_image"} <= record.keys() for record in first_objects(path)):
+        return json_lines(path), x2i_row
+
+
+def x2i_row(line, pictures):
+    """{"task_type", "instruction", "input_images", "output_image"}, <img><|image_1|></img> in the instruction for each
+    picture -> task, row with the pictures in the order in which they stand in the text. In context they are the first
+    example's input and output, the second's, ..., and the input whose output is asked for."""
+    record = cli.parse_json(line, "a damaged line")
+    if not isinstance(record, dict):
+        raise InputError("no object of JSON")
+    text, inputs, output = (record.get(key) for key in ("instruction", "input_images", "output_image"))
+    inputs = [inputs] if isinstance(inputs, str) else inputs or []
+    for key, value in {"instruction": [text], "output_image": [output], "input_images": inputs}.items():
+        if not isinstance(value, list) or not all(isinstance(each, str) and each.strip() for each in value):
+            raise InputError(f"{key} is no text or missing: {cli.shortly(record.get(key))}")
+    order = [int(number) for number in X2I_PICTURE.findall(text)]
+    if not inputs:
+        raise InputError("no input picture")
+    if data.IMAGE in text:
+        raise InputError(f"the instruction holds {data.IMAGE} itself")
+    if not set(order) <= set(range(1, len(inputs) + 1)):
+        raise InputError(f"the instruction names a picture that input_images lacks: {order} of {len(inputs)}")
+    if len(set(order)) < len(inputs):
+        raise InputError(f"a picture of input_images has no place in the instruction: {order} of {len(inputs)}")
+    in_context = IN_CONTEXT.search(str(record.get("task_type"))) is not None
+    if in_context and (len(order) < 3 or len(order) % 2 == 0):
+        raise InputError(f"pairs of examples and an input make an odd number of pictures, 3 or more: {len(order)}")
+    row = {"input_text": X2I_PICTURE.sub(data.IMAGE, text), "source_image": pictures(output),
+           "image_path": [pictures(inputs[number - 1]) for number in order], "input_img_list": True}
+    return ("icl", row | {"in_context": True}) if in_context else ("multi", row)
+
+
+FORMATS = {      # name: function that returns None unless a file is of that kind, else its entries and what turns one
+    "X2I's JSON lines": x2i,                   # of them (bytes) into (task, row), or InputError "reason: details"
+}
+
+
+def format_of(path):
+    """Which of FORMATS a file has. -> name, entries, function that makes a row"""
+    head = cli.check_file(path, "what is to be imported")
+    for name, look_at in FORMATS.items():
+        if found := look_at(path):
+            return name, *found
+    found = cli.what_begins_so(head)
+    raise InputError(f"{path}: is {found or 'of no format known here'}; known are {', '.join(FORMATS)}")
+
+
+def kept_apart(entry, share):
+    """Whether an entry belongs to the validation rows, told by its content alone."""
+    return int.from_bytes(hashlib.blake2b(entry, digest_size=8).digest(), "big") < share * 2**64
+
+
+def encoded(row):
+    """A row -> its line (bytes), which data.py has read once; InputError where it cannot."""
+    try:
+        line = json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("half of a letter (a lone surrogate) in the text") from None
+    data.parse_row(line)
+    return line + b"\n"
+
+
+class Tally:
+    """Counts rows by task, of training and of validation, and the entries that cannot be used by their reasons."""
+
+    def __init__(self):
+        self.rows, self.reasons, self.first = {False: Counter(), True: Counter()}, Counter(), {}
+
+    def unusable(self, where, error):
+        """error: "reason: details"; the first one of a reason is kept as its example."""
+        reason, _, details = str(error).partition(": ")
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, f"{where}: {details}" if details else where)
+
+    def problems(self):
+        """A line for each reason, the most frequent first."""
+        return [f"{count:8,}  {reason}; first {self.first[reason]}" for reason, count in self.reasons.most_common()]
+
+    def tasks(self, validation):
+        """How many rows of which task."""
+        counts = self.rows[validation]
+        return f"{counts.total():,} rows ({', '.join(f'{count:,} {task}' for task, count in sorted(counts.items()))})"
+
+
+def check_import(args, val):
+    """Raises InputError where the command would destroy something, or mix training and validation."""
+    if args.image_root is not None and not os.path.isdir(args.image_root):
+        raise InputError(f"--image-root {args.image_root}: no such folder; give the one with the pictures")
+    for path in (args.out, val):
+        if os.path.exists(path) and os.path.samefile(path, args.file):
+            raise InputError(f"--out {args.out}: would replace the file that is to be imported; choose another name")
+    if os.path.basename(args.out).startswith("val") and args.holdout:
+        raise InputError(f"--out {args.out}: train.py takes names that begin with val for validation; choose another")
+    if not args.holdout and os.path.exists(val):
+        raise InputError(f"{val}: is there from an earlier import, and train.py would validate on rows that are now "
+                         "trained on; remove it or give --holdout")
+    cli.probe(args.out)
+
+
+def converted(entries, make, pictures, share, tally):
+    """Yields (whether it is for validation, the line) of each row that comes out."""
+    for where, entry in cli.bar(entries, unit="entry"):
+        try:
+            task, row = make(entry, pictures)
+            line = encoded(row)
+        except InputError as error:
+            tally.unusable(where, error)
+            continue
+        validation = kept_apart(entry, share)
+        tally.rows[validation][task] += 1
+        yield validation, line
+
+
+def import_rows(args):
+    """Makes a JSONL of what others train on, by now X2I's files for several subjects and for learning in context; which
+    it is, the file itself tells. Pictures stay where they are. Counts what cannot be used."""
+    val = os.path.join(os.path.dirname(args.out), f"val-{os.path.basename(args.out)}")
+    kind, entries, make = format_of(args.file)
+    check_import(args, val)
+    print(f"{args.file}: taken for {kind}")
+    pictures, tally, apart = Pictures(args.file, args.image_root, args.out), Tally(), []
+    with cli.atomic_file(args.out) as temporary:
+        with open(temporary, "wb") as file:
+            for validation, line in converted(entries, make, pictures, args.holdout, tally):
+                if validation:
+                    apart.append(line)
+                else:
+                    file.write(line)
+        if not tally.rows[False]:
+            raise InputError(f"{args.file}: no row for training came out; " + ("; ".join(tally.problems()[:3]) or
+                             "all are kept apart, lower --holdout"))
+        if apart:
+            with cli.atomic_file(val) as beside, open(beside, "wb") as file:
+                file.writelines(apart)
+        elif os.path.exists(val):              # of an earlier import; its rows may be for training now
+            os.remove(val)
+    print(f"wrote {args.out}: {tally.tasks(False)}")
+    if apart:
+        print(f"wrote {val}: {tally.tasks(True)}")
+    for beginning in pictures.beginnings:
+        print(f"pictures of {'/'.join(beginning) or '/'} are taken from {args.image_root}")
+    print(f"{tally.reasons.total():,} entries cannot be used", *tally.problems(), sep="\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # look and encode
 
 class EveryEntry(Dataset):
@@ -240,6 +455,16 @@ def main(argv=None):
     command.set_defaults(run=folder)
     command.add_argument("pictures", metavar="PICTURES", help="a folder")
     command.add_argument("--out", metavar="DATA.jsonl", help="default: data.jsonl in the folder")
+
+    command = commands.add_parser("import", help=import_rows.__doc__, description=import_rows.__doc__)
+    command.set_defaults(run=import_rows)
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--out", metavar="DATA.jsonl", required=True, help="replaced if there")
+    command.add_argument("--image-root", metavar="FOLDER", help="where the pictures lie (default: where FILE says); "
+                         "paths of another machine are matched by their ends")
+    command.add_argument("--holdout", type=cli.checked(float, lambda share: 0 <= share < 1, "from 0 to below 1"),
+                         default=0.0, metavar="SHARE", help="rows kept apart for validation, in val-DATA.jsonl beside "
+                         "--out, the same ones each time (default 0)")
 
     command = commands.add_parser("look", help=look.__doc__, description=look.__doc__)
     command.set_defaults(run=look)

@@ -57,7 +57,7 @@ def parse(argv):
     what.add_argument("--n", type=cli.checked(int, lambda n: 0 < n <= 1000, "a whole number from 1 to 1000"),
                       help="images (default 1, for GenEval 4); several of one --prompt get a contact sheet")
     what.add_argument("--size", type=cli.positive_int, help="pixels a side; default: the weights' own")
-    many = parser.add_argument_group("a list of prompts, with the defaults of all its lines above")
+    many = parser.add_argument_group("a list of prompts, for each of which all other flags hold")
     many.add_argument("--prompts", metavar="FILE", help="text or JSON lines, in place of --prompt")
     many.add_argument("--batch", type=cli.positive_int, help="pictures drawn at once (default 8)")
     many.add_argument("--layout", choices=["plain", "geneval"], help="a folder for FID (default), or GenEval's folders")

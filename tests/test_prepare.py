@@ -292,3 +292,135 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path):
                     ["folder", str(tmp_path), "--out", blocked], ["look", every_task(tmp_path), "--out", blocked]):
         with pytest.raises(InputError, match="gone: no folder|file: no folder|file/place.png"):
             prepare.main(command)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# import
+
+def x2i(text, inputs, output="out.png", **more):
+    """A line as X2I has it; a number in {} of the text is a picture."""
+    for number in range(9):
+        text = text.replace(f"{{{number}}}", f"<img><|image_{number}|></img>")
+    return {"task_type": "subject_driven", "instruction": text, "input_images": inputs, "output_image": output, **more}
+
+
+def imported(folder, lines, *flags):
+    """The rows that come out of lines of X2I whose pictures are all there, but for those called gone."""
+    names = {name for line in lines if isinstance(line, dict) for name in [line["output_image"], *line["input_images"]]}
+    for name in names:
+        if isinstance(name, str) and "gone" not in name and not name.startswith("/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            picture(folder / name)
+    (folder / "x2i.jsonl").write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                                              for line in lines))
+    prepare.main(["import", str(folder / "x2i.jsonl"), "--out", str(folder / "data.jsonl"), *flags])
+    return read_rows(folder / "data.jsonl")
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+ICL = {"task_type": "X2I-in-context_learning"}
+
+
+@pytest.mark.parametrize("line, row", [
+    (x2i("{1} beside {2} in 雪", ["a/1.png", "2.png"]),
+     {"input_text": "<image> beside <image> in 雪", "image_path": ["a/1.png", "2.png"]}),
+    (x2i("{2} before {1}, and {2}", ["1.png", "2.png"]),
+     {"input_text": "<image> before <image>, and <image>", "image_path": ["2.png", "1.png", "2.png"]}),
+    (json.dumps({"instruction": "bare <|image_1|>", "input_images": "1.png", "output_image": "out.png"}),
+     {"input_text": "bare <image>", "image_path": ["1.png"]}),
+    (x2i("a vehicle: {1}", ["1.png"], task_type="vehicle"), {"input_text": "a vehicle: <image>",
+                                                              "image_path": ["1.png"]}),
+    (x2i("{1} -> {2}; {3} ->", ["1.png", "2.png", "3.png"], **ICL),
+     {"input_text": "<image> -> <image>; <image> ->", "image_path": ["1.png", "2.png", "3.png"], "in_context": True}),
+    (x2i("{1} {2} {3}", ["1.png", "2.png", "3.png"], task_type="x2i_icl"),
+     {"input_text": "<image> <image> <image>", "image_path": ["1.png", "2.png", "3.png"], "in_context": True})])
+def test_a_line_of_x2i_becomes_a_row_with_its_pictures_in_the_order_of_the_text(tmp_path, line, row):
+    for name in ("1.png", "2.png", "3.png", "out.png"):
+        picture(tmp_path / name)
+    assert imported(tmp_path, [line]) == [{"source_image": "out.png", "input_img_list": True, **row}]
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("{broken", "a damaged line"), ("[1]", "no object of JSON"), (x2i("{1} {3}", ["1.png", "2.png"]), "lacks"),
+    (x2i("{0} {1}", ["1.png"]), "lacks"), (x2i("{1}", ["1.png", "2.png"]), "has no place in the instruction"),
+    (x2i("a dog", []), "no input picture"), (x2i("{1} <image>", ["1.png"]), "holds <image> itself"),
+    (x2i("{1}", ["gone.png"]), "no such picture"), (x2i("{1}", ["1.png"], output="gone.png"), "no such picture"),
+    (x2i("{1}", [7]), "input_images is no text"), (x2i("{1}", ["1.png"], output=None), "output_image is no text"),
+    (x2i("{1} {2}", ["1.png", "2.png"], **ICL), "an odd number"), (x2i("{1}", ["1.png"], **ICL), "an odd number"),
+    (x2i("{1} \ud83d", ["1.png"]), "half of a letter")])
+def test_what_no_row_can_be_made_of_is_counted_with_its_reason_and_first_line(tmp_path, capsys, line, reason):
+    good = x2i("{1}", ["1.png"])
+    assert len(imported(tmp_path, [good, line, "", line, good])) == 2
+    printed = capsys.readouterr().out
+    assert "2 entries cannot be used" in printed and "2 multi" in printed and "X2I's JSON lines" in printed
+    problem, = [said for said in printed.splitlines() if "; first" in said]
+    assert problem.strip().startswith("2 ") and reason in problem and "x2i.jsonl:2" in problem
+
+
+def test_look_shows_what_was_imported(tmp_path, capsys):
+    imported(tmp_path, [x2i("{2} on {1}", ["p/1.png", "p/2.png"]), x2i("{1}", ["p/2.png"])])
+    prepare.main(["look", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "sheet.png"), "--workers", "0"])
+    assert "multi              2 of 2 samples usable\n0 problem(s)" in capsys.readouterr().out
+
+
+def test_the_rows_kept_apart_are_the_same_whatever_their_order(tmp_path):
+    lines = [x2i(f"{{1}} number {i}", ["1.png"]) for i in range(400)]
+    train = imported(tmp_path, lines, "--holdout", "0.1")
+    val = read_rows(tmp_path / "val-data.jsonl")
+    assert 20 < len(val) < 60 and len(train) + len(val) == 400
+    texts = {row["input_text"] for row in val}
+    assert not texts & {row["input_text"] for row in train}
+    imported(tmp_path, [*reversed(lines), x2i("{1} one more", ["1.png"])], "--holdout", "0.1")
+    assert {row["input_text"] for row in read_rows(tmp_path / "val-data.jsonl")} - {"<image> one more"} == texts
+    with pytest.raises(InputError, match="val-data.jsonl: is there from an earlier import"):
+        imported(tmp_path, lines)
+    with pytest.raises(InputError, match="all are kept apart"):
+        imported(tmp_path, lines[:1], "--holdout", "0.9999999")
+
+
+def test_pictures_of_another_machine_are_found_below_the_image_root(tmp_path, capsys):
+    root = tmp_path / "here"
+    for name in ("a/1.png", "a/2.png", "out.png", "1.png", "3.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(root / name)
+    rows = imported(tmp_path, [
+        x2i("{1}", ["/share/x2i/a/1.png"], output="/share/x2i/out.png"),
+        x2i("{1}", ["/share/x2i/gone/1.png"], output="/share/x2i/out.png"),      # not the 1.png that lies in the root
+        x2i("{1}", ["a/2.png"], output="out.png"), x2i("{1}", ["gone/3.png"], output="out.png"),
+        x2i("{1}", ["D:\\x\\a\\2.png"], output="D:\\x\\out.png")], "--image-root", str(root))
+    assert [[row["source_image"], *row["image_path"]] for row in rows] == [
+        ["here/out.png", "here/a/1.png"], ["here/out.png", "here/a/2.png"], ["here/out.png", "here/a/2.png"]]
+    printed = capsys.readouterr().out
+    assert "2  no such picture" in printed and f"pictures of /share/x2i are taken from {root}" in printed
+
+
+def test_rows_name_their_pictures_from_the_folder_they_lie_in(tmp_path):
+    picture(tmp_path / "1.png")
+    (tmp_path / "x2i.jsonl").write_text("\ufeff" + json.dumps(x2i("{1}", ["1.png"], str(tmp_path / "1.png"))))
+    (tmp_path / "sub").mkdir()
+    prepare.main(["import", str(tmp_path / "x2i.jsonl"), "--out", str(tmp_path / "sub" / "data.jsonl")])
+    row, = read_rows(tmp_path / "sub" / "data.jsonl")
+    assert row["image_path"] == ["../1.png"] and row["source_image"] == str(tmp_path / "1.png")
+    assert not load(str(tmp_path / "sub" / "data.jsonl"))[0]["problems"]
+
+
+@pytest.mark.parametrize("content, flags, said", [
+    ('{"source_image": "1.png", "input_text": "ours"}', [], "of no format known here; known are X2I's JSON lines"),
+    ('[{"instruction": "a", "output_image": "b"}]', [], "of no format known here"), ("PAR1", [], "a Parquet table"),
+    ("", [], "is empty"), (json.dumps(x2i("{1}", ["gone.png"])), [], "no row for training came out; .*no such picture"),
+    (json.dumps(x2i("{1}", ["1.png"])), ["--image-root", "nowhere"], "--image-root nowhere: no such folder"),
+    (json.dumps(x2i("{1}", ["1.png"])), ["--holdout", "1"], "--holdout: must be from 0 to below 1"),
+    (json.dumps(x2i("{1}", ["1.png"])), ["--out", "{folder}/x2i.jsonl"], "would replace the file that is to be imported"),
+    (json.dumps(x2i("{1}", ["1.png"])), ["--out", "val.jsonl", "--holdout", "0.1"], "begin with val for validation")])
+def test_what_cannot_be_imported_is_one_sentence_and_replaces_nothing(tmp_path, content, flags, said):
+    picture(tmp_path / "1.png")
+    (tmp_path / "x2i.jsonl").write_text(content)
+    (tmp_path / "data.jsonl").write_text("older")
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    with pytest.raises(InputError, match=said):
+        prepare.main(["import", str(tmp_path / "x2i.jsonl"), "--out", str(tmp_path / "data.jsonl"), *flags])
+    assert (tmp_path / "x2i.jsonl").read_text() == content and (tmp_path / "data.jsonl").read_text() == "older"
+    assert sorted(os.listdir(tmp_path)) == ["1.png", "data.jsonl", "x2i.jsonl"]
