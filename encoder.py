@@ -307,6 +307,9 @@ class Connector(nn.Sequential):
         super().__init__(nn.Linear(vision_width, factor * t5_width), activation(),
                          nn.Linear(factor * t5_width, t5_width))
 
+    def forward(self, patches, words=None):
+        return super().forward(patches)                        # an MLP reads no words
+
 
 @dataclass(frozen=True)
 class QueryConfig:
@@ -369,6 +372,8 @@ class QueryConnector(nn.Module):
     def forward(self, patches, words):
         """patches: (K, P, C of CLIP); words: (K, W) ids of what each image's subject is called, 0 = padding.
         -> (K, R, C of T5)"""
+        if words is None or len(words) != len(patches):
+            raise InputError("the query connector reads what each reference picture shows; give words for each")
         named = self.embed(words) + self.position.weight[:words.size(1)]                  # (K, W, C)
         queries = self.queries.expand(len(words), -1, -1).type_as(named)                  # (K, R, C)
         x = self.dropout(self.norm(torch.cat([queries, named], dim=1)))                   # (K, R + W, C)
@@ -405,15 +410,6 @@ class MultimodalEncoder(nn.Module):
         self.connector = make_connector(vision.width, t5.width, connector, query)
         self.t5 = T5(t5, decoder=t5_decoder)
 
-    def image_rows(self, refs, words):
-        """What stands in the prompt for the images: (K, 3, c, c), words (K, W) or None -> (K, R, C)"""
-        patches = self.clip(refs)                                                         # (K, P, C of CLIP)
-        if isinstance(self.connector, Connector):
-            return self.connector(patches)
-        if words is None or len(words) != len(refs):
-            raise InputError("the query connector reads what each reference picture shows; give words for each")
-        return self.connector(patches, words)
-
     def forward(self, ids, mask, refs=None, words=None):
         """ids, mask: (B, S), padded at the right; refs: (K, 3, c, c) CLIP pixels of all samples, in order of samples;
         words: (K, W) what they show, for the query connector.
@@ -430,6 +426,6 @@ class MultimodalEncoder(nn.Module):
             raise InputError(f"the prompts have {is_image.sum()} <image> tokens but {len(refs)} reference pictures "
                              f"become {needed} rows; write {self.image_tokens} <image> tokens for each picture")
         # also where there are no images: a connector that trains then has gradients (0) on every rank
-        features = self.image_rows(refs.type_as(rows), words)                             # (K, R, C)
+        features = self.connector(self.clip(refs.type_as(rows)), words)                   # (K, R, C)
         rows = rows.masked_scatter(is_image.unsqueeze(-1), features.type_as(rows))        # in order, as images come
         return self.t5.encode(rows, mask)                                                 # (B, S, C)

@@ -174,7 +174,7 @@ def first_objects(path, most=20):
     objects = []
     with open(path, "rb") as file:
         for _ in range(most):
-            line = file.readline(data.LONGEST).removeprefix(b"\xef\xbb\xbf").strip()
+            line = file.readline(cli.LONGEST).removeprefix(b"\xef\xbb\xbf").strip()
             try:
                 objects.append(cli.parse_json(line, path))
             except InputError:                 # damaged, or no JSON at all

@@ -93,7 +93,7 @@ def parse(argv):
         raise InputError(f"{len(args.subject)} --subject were given for {len(args.ref)} --ref; --subject names a "
                          f"reference picture, so give one for each or none")
     whole = data.IMAGE in args.prompt          # taken as it is
-    if args.subject and (whole or args.task == "reconstruct") or args.task == "segment" and args.prompt and not whole:
+    if args.subject and args.task == "reconstruct" or args.task == "segment" and args.prompt and not whole:
         raise InputError(f"{'--subject' if args.subject else '--prompt'} would have no effect here; leave it out")
     if re.search(r"\.(jpe?g|jfif|webp|gif|bmp|tiff?|avif|jxl|heic|pdf|svg|ppm)$", args.out.lower()):
         raise InputError(f"--out {args.out}: pictures are written as PNG; give a name that ends in .png, or a folder")
@@ -101,7 +101,6 @@ def parse(argv):
         raise InputError('there is nothing to draw; add --prompt "..."')
     args.task = args.task or ("subject" if args.ref else "t2i")
     args.sampling = cli.given_sampling(args)
-    args.subject = args.subject or list(map(cli.subject_of, args.ref))
     return args
 
 
@@ -131,9 +130,11 @@ def requests_of(args):
     for i, request in enumerate(requests):
         prompt, seed = request.prompt, request.seed
         task = "subject" if args.prompts and request.refs else args.task
+        subjects = request.subjects or list(map(cli.subject_of, request.refs))
         if data.IMAGE not in prompt:           # else it is taken as it is
-            prompt = data.prompt_for(task, request.subjects or map(cli.subject_of, request.refs), prompt)
-        requests[i] = replace(request, prompt=prompt, seed=args.seed if seed is None else seed, n=request.n or args.n)
+            prompt = data.prompt_for(task, subjects, prompt)
+        requests[i] = replace(request, prompt=prompt, seed=args.seed if seed is None else seed, n=request.n or args.n,
+                              subjects=() if task == "reconstruct" else subjects)
         read(processor, requests[i])           # finds all problems but too many tokens, before the model is loaded
     return requests
 
@@ -191,6 +192,8 @@ def main(argv=None):
     # the model
     mentor = weights.load(args.weights, device, weights.DTYPES[dtype], prefix_rope=args.prefix_rope,
                           offload=args.offload)
+    if args.subject and data.IMAGE in args.prompt and not mentor.processor.words:
+        raise InputError("--subject would have no effect here, because only a query connector reads it; leave it out")
     if args.weights == "tiny":
         print(ABOUT_TINY)
     if args.weights.startswith("random"):
