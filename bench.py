@@ -3,6 +3,7 @@
     python bench.py decode                   # a token of decoder XL, one image with guidance
     python bench.py train --size B           # forward, backward and optimizer step of stage 2
     python bench.py encode                   # CLIP and T5: from a prompt to the prefix
+    python bench.py prefix --pictures 4      # from reference images to the first token, with an MLP and with queries
     python bench.py vqgan                    # images to tokens and back
     python bench.py loader                   # samples a second that one worker reads from JPEGs
     python bench.py memory                   # what sampling an image at full size takes, by formula
@@ -33,6 +34,7 @@ from vqgan import VQGAN
 from weights import DTYPES, Graphs, byte_tokenizer, compile_blocks, use_fast_products
 
 CARDS = (8, 12, 16, 24)          # GB of common graphics cards
+TEXT = 64                        # rows of a prompt beside its pictures
 DOG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "dog.jpg")
 
 
@@ -228,6 +230,31 @@ def bench_encode(config, args, device, dtype):
 
 
 @torch.inference_mode()
+def bench_prefix(config, args, device, dtype):
+    """From reference images to the first token with an MLP and with the query connector, which makes the prefix shorter:
+    CLIP and connector, T5, the decoder's prefill for one image with guidance."""
+    decoder, rows = build(lambda: Decoder(config.decoder, config.vision.grid), device, dtype), []
+    use_fast_products(decoder)
+    side, sequences = config.vision.image_size, 2 if args.guidance else 1
+    refs = torch.randn(args.pictures, 3, side, side, device=device).to(dtype)
+    words = torch.full((args.pictures, 4), 5, device=device)
+    for name, form in (("MLP", "released"), ("query", "query")):
+        encoder = build(lambda: MultimodalEncoder(config.vision, config.t5, form, query=config.query), device, dtype)
+        length = args.pictures * encoder.image_tokens + TEXT
+        x = torch.randn(1, length, config.t5.width, device=device).to(dtype)              # (1, S, C)
+        mask = torch.ones(1, length, dtype=torch.bool, device=device)
+        prefix = random_prefix(config.decoder, sequences, length, device, dtype)
+        cache = decode_bytes(config.decoder, sequences, length + config.grid**2, dtype.itemsize)
+        cache -= decode_bytes(config.decoder, 0, 0, dtype.itemsize)
+        rows += [timed(f"{name}: CLIP and connector", lambda: encoder.connector(encoder.clip(refs), words), device, 3),
+                 timed(f"{name}: T5, {length} rows", lambda: encoder.t5.encode(x, mask), device, 3,
+                       flops=t5_flops(config.t5, 1, length)),
+                 timed(f"{name}: prefill, cache {cache / 2**30:.2f} GiB", lambda: decoder.prefill(prefix, config.grid),
+                       device, 3, flops=decoder_flops(config.decoder, sequences, length, length, 1))]
+    return rows
+
+
+@torch.inference_mode()
 def bench_vqgan(config, args, device, dtype):
     """The image tokenizer, always in fp32: images to tokens and back."""
     network = build(lambda: VQGAN(config.vqgan), device, torch.float32)
@@ -322,6 +349,7 @@ COMMANDS = {    # what measures it (None: nothing does, a formula is printed); d
     "decode": (bench_decode, "XL", 1, 512),
     "train": (bench_train, "B", 4, 256),
     "encode": (bench_encode, "XL", 1, 512),
+    "prefix": (bench_prefix, "XL", 1, 512),
     "vqgan": (bench_vqgan, "XL", 1, 256),
     "loader": (bench_loader, "XL", 16, 512),
     "memory": (None, "XL", 1, 512),
@@ -335,6 +363,7 @@ def parse(argv):
     parser.add_argument("--size", choices=SIZES, help="default: B for train, else XL")
     parser.add_argument("--batch", type=moderate, help="images; default: 4 for train, 16 for loader, else 1")
     parser.add_argument("--prefix", type=moderate, default=512, help="rows of the prefix (default 512)")
+    parser.add_argument("--pictures", type=moderate, default=1, help="reference images of prefix (default 1)")
     parser.add_argument("--pixels", type=moderate, help="a side; default: 256 for train and vqgan, else 512")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,

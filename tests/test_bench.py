@@ -63,7 +63,7 @@ def test_flops_of_training_are_nearly_those_that_pytorch_counts(stage):
 
 
 @pytest.mark.gradients
-@pytest.mark.parametrize("command", ["decode", "train", "encode", "vqgan", "loader"])
+@pytest.mark.parametrize("command", ["decode", "train", "encode", "prefix", "vqgan", "loader"])
 def test_every_table_can_be_had_as_json(command, monkeypatch, capsys):
     def half_a_second(function, device, most=50):
         function()
