@@ -598,16 +598,25 @@ def test_resuming_copies_no_moments_to_the_host(toy, tmp_path, monkeypatch):
     assert not copies
 
 
-def test_full_size_stage_2_takes_one_optimizer_step_on_the_meta_device():
-    stage = train.STAGES["2"]
+@pytest.mark.parametrize("name, connector, pictures", [
+    ("2", "released", 1), *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        ("connector", "query", 1), ("multi", "released", 4), ("multi", "query", 14), ("icl", "released", 5),
+        ("icl", "query", 5)))])
+def test_a_full_size_stage_takes_one_optimizer_step_on_the_meta_device(name, connector, pictures):
+    stage = train.STAGES[name]
+    rows = 512 if connector == "query" else stage.prefix_tokens
     with torch.device("meta"):
-        mentor = Mentor(MentorConfig())
+        config = replace(MentorConfig(), connector=connector, prefix_tokens=rows)
+        mentor = Mentor(config, t5_decoder=name == "connector")
+        assert pictures * mentor.encoder.image_tokens < rows
         objective = train.TokenObjective(mentor)
         train.freeze(objective, stage.trains)
         optimizer, = train.make_optimizers(objective, stage)
-        batch = {"ids": torch.zeros(1, 512, dtype=torch.long), "mask": torch.ones(1, 512, dtype=torch.bool),
-                 "refs": torch.empty(1, 3, 224, 224), "tokens": torch.zeros(1, 1024, dtype=torch.long),
-                 "drop": torch.zeros(1, dtype=torch.bool)}
+        batch = {"ids": torch.zeros(1, rows, dtype=torch.long), "mask": torch.ones(1, rows, dtype=torch.bool),
+                 "refs": torch.empty(pictures, 3, 224, 224), "words": torch.zeros(pictures, 4, dtype=torch.long),
+                 "tokens": torch.zeros(1, 1024, dtype=torch.long), "drop": torch.zeros(1, dtype=torch.bool)}
+        if name == "connector":
+            batch["labels"] = torch.zeros(1, data.CAPTION_TOKENS, dtype=torch.long)
         objective(batch).sum().backward()
         optimizer.step()
     stepped = {id(p) for p, state in optimizer.state.items() if state["exp_avg"].shape == p.shape}
