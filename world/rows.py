@@ -28,8 +28,10 @@ from cli import InputError
 from weights import byte_tokenizer
 from world import scenes
 from world.scenes import PLAIN, SCENES, SIZE, STYLES
-from world.sprites import (ALONE, CROWDED, Appearance, PlacedSprite, contrast, draw_atlas, hat_on, inside, paste,
-                           subjects)
+from world.sprites import (ALONE, CROWDED, CROWDS, Appearance, PlacedSprite, contrast, draw_atlas, hat_on, hue_matrix,
+                           inside, paste, subjects)
+
+TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")     # for which `World.picture` paints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a picture shows, in words
@@ -71,7 +73,8 @@ class Description:
 
     def caption(self, rng):
         """In words, which never mention the appearance."""
-        it = " and ".join(with_article(label) for label in self.labels)
+        *others, last = [with_article(label) for label in self.labels] or [""]
+        it = f"{', '.join(others)} and {last}" if others else last
         if self.hat is not None:
             it += " wearing " + with_article(subjects()[self.hat].label)
         if self.beside is not None:
@@ -102,7 +105,7 @@ def captions(n, seed=0):
     world = World(held_out=None)
     for k in range(n):
         rng = np.random.default_rng((seed, k))
-        task = pick(rng, data.TASKS)
+        task = pick(rng, TASKS)
         description = world.describe(rng, task)
         yield data.prompt_for(task, description.labels, description.caption(rng))
 
@@ -141,7 +144,7 @@ class Picture:
     image: Image.Image           # RGB, SIZE x SIZE
     masks: list                  # of each sprite (SIZE, SIZE) bool, the description's subjects first
     sprites: list                # PlacedSprites in the same order
-    other: "Picture | None" = None           # of a subject pair the reference, in recovery the background
+    others: tuple = ()           # the references' pictures, in recovery the background
 
 
 class World:
@@ -153,11 +156,12 @@ class World:
         self.known = [i for i in everyone if not subjects()[i].held_out]      # what a caption alone may name
         self.hats = [i for i in self.known if subjects()[i].label in HATS]
 
-    def describe(self, rng, task, extras=True):
-        """-> Description of a new picture. extras: a style, a hat or a second emoji may come in"""
+    def describe(self, rng, task, extras=True, several=2):
+        """-> Description of a new picture. extras: a style, a hat or a second emoji may come in; several: subjects of
+        task multi"""
         chosen = [pick(rng, self.subjects)]
-        if task == "multi":
-            chosen.append(pick(rng, [i for i in self.subjects if i != chosen[0]]))
+        while task == "multi" and len(chosen) < several:
+            chosen.append(pick(rng, [i for i in self.subjects if i not in chosen]))
         description = Description(tuple(chosen), pick(rng, list(SCENES)))
         chance = rng.random()
         if not extras or task not in ("t2i", "reconstruct", "subject"):
@@ -189,46 +193,62 @@ class World:
                 break
         return chosen
 
-    def place(self, rng, description, backgrounds):
-        """Places what is described before one or more backgrounds: the same instances, most often at about the same
-        place. Hat and second emoji come before the first background only. -> a list of PlacedSprites for each"""
-        crowded = len(description.subjects) > 1 or description.beside is not None
+    def place_in_reference(self, rng, place, crowded):
+        """Where a reference has the subject that its picture has at a place (x, y, side). -> x, y, side"""
+        direction = rng.uniform(-1, 1, 3)
+        stays = rng.random() < STAYS
+        if crowded and not stays:                        # as a reference of its own would have it: large, in the middle
+            return rng.uniform(24, 40), rng.uniform(27, 41), rng.uniform(*ALONE)
+        dx, dy, scale = (direction * (NEAR if stays else FAR)).tolist()
+        x, y, side = place
+        return x + dx, y + dy, side * (1 + scale)
+
+    def place(self, rng, description, background, references=()):
+        """Places what is described before a background, and each subject before its reference's background, if there
+        are any: the same instance, most often at about the same place. Hat and second emoji come before the first
+        background only. -> its PlacedSprites, [PlacedSprite of each reference]"""
+        crowd = CROWDS.get(len(description.subjects))
         room_above = 0 if description.hat is None else 9
-        columns = (17, 47) if rng.random() < 0.5 else (47, 17)       # x of the first and of the second of a crowd
-        sides = CROWDED if crowded else ALONE
-        placed = [[] for _ in backgrounds]
-        for subject, column in zip(description.subjects, columns):
-            side = rng.uniform(*sides)
-            y = rng.uniform(27, 41)
-            x = column + rng.uniform(-3, 3) if crowded else rng.uniform(24, 40)
-            places = [(x, y, side, room_above)]
-            for _ in backgrounds[1:]:
-                direction = rng.uniform(-1, 1, 3)
-                reach = NEAR if rng.random() < STAYS else FAR
-                dx, dy, scale = (direction * reach).tolist()
-                places.append((x + dx, y + dy, side * (1 + scale), 0))
-            for sprites, sprite in zip(placed, self.standing_out(rng, subject, places, backgrounds)):
-                sprites.append(sprite)
+        columns = (17, 47) if rng.random() < 0.5 else (47, 17)       # x of a subject and of an emoji beside it
+        placed, in_references = [], []
+        for k, subject in enumerate(description.subjects):
+            if crowd:
+                side = rng.uniform(*crowd.sides)
+                x, y = (crowd.centres[k] + rng.uniform(-1, 1, 2) * crowd.reach).tolist()
+            else:
+                side = rng.uniform(*(ALONE if description.beside is None else CROWDED))
+                y = rng.uniform(27, 41)
+                x = rng.uniform(24, 40) if description.beside is None else columns[0] + rng.uniform(-3, 3)
+            places, backgrounds = [(x, y, side, room_above)], [background, *references[k:k + 1]]
+            if references:
+                places.append((*self.place_in_reference(rng, (x, y, side), crowd is not None), 0))
+            first, *rest = self.standing_out(rng, subject, places, backgrounds)
+            placed.append(first)
+            in_references += rest
         if description.beside is not None:               # in its natural colours, because only its name is given
             beside = PlacedSprite(Appearance(description.beside), columns[1], y, rng.uniform(*CROWDED))
-            placed[0].append(inside(beside))
+            placed.append(inside(beside))
         if description.hat is not None:
-            placed[0].append(hat_on(placed[0][0], description.hat))
-        return placed
+            placed.append(hat_on(placed[0], description.hat))
+        return placed, in_references
 
-    def picture(self, rng, task, extras=True):
-        """-> Picture for one of data.TASKS, with the other one that belongs to it"""
-        descriptions = [self.describe(rng, task, extras)]
-        if task in ("subject", "recover"):
+    def picture(self, rng, task, extras=True, several=2):
+        """-> Picture for one of TASKS, with the other ones that belong to it. several: subjects of task multi"""
+        description = self.describe(rng, task, extras, several)
+        shown = {"subject": [description.subjects], "recover": [()], "multi": [(i,) for i in description.subjects]}
+        others = []
+        for subjects_shown in shown.get(task, []):
             options = PLAIN if rng.random() < PLAIN_REFERENCE else SCENES
-            names = [name for name in options if name != descriptions[0].scene]
-            descriptions.append(Description(descriptions[0].subjects, pick(rng, names)))
-        texts = [description.caption(rng) for description in descriptions]
-        backgrounds = [scenes.paint(rng, description.scene) for description in descriptions]
+            scene = pick(rng, [name for name in options if name != description.scene])
+            others.append(Description(subjects_shown, scene))
+        descriptions = [description, *others]
+        texts = [one.caption(rng) for one in descriptions]
+        backgrounds = [scenes.paint(rng, one.scene) for one in descriptions]
+        references = () if task == "recover" else backgrounds[1:]
+        placed, in_references = self.place(rng, description, backgrounds[0], references)
+        sprites = [placed] + [[sprite] for sprite in in_references]
         if task == "recover":
-            placed = self.place(rng, descriptions[0], backgrounds[:1]) + [[]]            # the other one stays empty
-        else:
-            placed = self.place(rng, descriptions[0], backgrounds)
+            sprites.append([])                           # the other one stays an empty scene
         pictures = []
         for description, text, background, sprites in zip(descriptions, texts, backgrounds, placed):
             image, masks = paste(background, sprites, description.style)
@@ -245,7 +265,8 @@ OBJECT_SCALE = (0.4, 1.0)    # recovery: longer side of the pasted object, as a 
 
 
 def compose(task, picture, rng):
-    """A picture as its task shows it, as data.compose does it with rows on a disk.
+    """A picture as its task shows it, as data.compose does it with rows on a disk; but each of several subjects has a
+    reference picture, where those of the released rows are cut out of the target.
 
     -> prompt, [PIL references], PIL target; all images SIZE x SIZE
     """
@@ -261,12 +282,9 @@ def compose(task, picture, rng):
     if task == "segment":
         return prompt, [image], data.on_black(image, masks[0])
     if task == "recover":                                # painted at twice the size, then averaged
-        pasted = data.recovery_input(image, masks[0], picture.other.image, 2 * SIZE, rng, OBJECT_SCALE)
+        pasted = data.recovery_input(image, masks[0], picture.others[0].image, 2 * SIZE, rng, OBJECT_SCALE)
         return prompt, [pasted.reduce(2)], image
-    if task == "subject":
-        return prompt, [picture.other.image], image
-    references = [data.multi_reference(image, mask, rng).resize((SIZE, SIZE), Image.BICUBIC) for mask in masks]
-    return prompt, references, image
+    return prompt, [other.image for other in picture.others], image
 
 
 class EmojiData(Dataset):
@@ -279,10 +297,11 @@ class EmojiData(Dataset):
     has "meta": what is seen in it, to score a model's images by.
     """
 
-    def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True):
+    def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True,
+                 several=tuple(CROWDS)):
         self.processor, self.image_size, self.seed, self.extras = processor, image_size, seed, extras
-        self.rename = RENAMED if extras and held_out is False else 0
-        weights = weights or dict.fromkeys(data.TASKS, 1)
+        self.rename, self.several = RENAMED if extras and held_out is False else 0, several
+        weights = weights or dict.fromkeys(TASKS, 1)
         self.tasks = [task for task, weight in weights.items() if weight != 0]
         if "caption" in self.tasks and len(self.tasks) > 1:
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
@@ -300,19 +319,23 @@ class EmojiData(Dataset):
     def __getitem__(self, k):
         rng = np.random.default_rng((self.seed, k))
         task = self.tasks[int(rng.choice(len(self.tasks), p=self.shares))]
-        any_task = pick(rng, data.TASKS)     # always drawn: the numbers after it must not depend on the task
+        any_task = pick(rng, TASKS)          # always drawn: the numbers after it must not depend on the task
+        if task == "icl":
+            return self.lesson_sample(k, self.world.lesson(rng))
         shown_as = {"caption": "t2i", "picture": any_task}.get(task, task)
-        picture = self.world.picture(rng, shown_as, self.extras)
+        several = pick(rng, self.several) if shown_as == "multi" else 1
+        picture = self.world.picture(rng, shown_as, self.extras, several)
         prompt, references, target = compose(shown_as, picture, rng)
         if task == "caption":
             prompt, references = data.prompt_for(task), [picture.image]
         elif task == "picture":
             prompt, references = data.prompt_for(task), []
         elif references and rng.random() < self.rename:
-            prompt = renamed(prompt, picture.description.labels[0], made_up_name(rng, self.names))
+            for label in picture.description.labels:
+                prompt = renamed(prompt, label, made_up_name(rng, self.names))
         meta = {"labels": picture.description.labels, "scene": picture.description.scene,
-                "style": picture.description.style, **vars(picture.sprites[0].appearance),
-                "mask": picture.masks[0].astype(np.uint8)}
+                "style": picture.description.style, "mask": picture.masks[0].astype(np.uint8),
+                "appearances": [sprite.appearance for sprite in picture.sprites]}
         sample = {"task": task, "name": f"emoji:{k}", "key": k, "problems": [], "meta": meta}
         sample |= self.processor(prompt, references)
         if task == "caption":
@@ -338,8 +361,9 @@ def save_row(task, picture, folder, stem):
     if task == "t2i":
         row["generation_only"] = True
     elif task == "subject":
-        row |= {"image_path": f"{stem}.reference.png", "objects": labels[0], "swapped_text": picture.other.caption}
-        images[row["image_path"]] = picture.other.image
+        reference, = picture.others
+        row |= {"image_path": f"{stem}.reference.png", "objects": labels[0], "swapped_text": reference.caption}
+        images[row["image_path"]] = reference.image
     elif task == "multi":
         row |= {"image_path": list(masks), "objects": labels}
         images |= masks
@@ -359,7 +383,7 @@ def save_rows(rows, path):
     print(f"wrote {path}: {len(rows):,} rows")
 
 
-def export_rows(folder, name, world, n, seed):
+def export_rows(folder, name, world, tasks, n, seed):
     """Writes folder/name.jsonl with n rows, the tasks in turn, and their images into folder/name."""
     rows = []
     for k in range(n):
@@ -373,12 +397,12 @@ def export_rows(folder, name, world, n, seed):
 def export(args):
     """Writes a data set for train.py's --data, --val and --backgrounds: data.jsonl; val.jsonl, a sixth as many rows of
     held-out subjects; backgrounds.jsonl, as many scenes without a subject, for the recovery task."""
-    few = max(args.n // 6, len(data.TASKS))
+    few = max(args.n // 6, len(args.tasks))
     for name in ("data", "val", "backgrounds"):                # before any work
         cli.probe(os.path.join(args.folder, f"{name}.jsonl"))
         cli.probe(os.path.join(args.folder, name, "00000.png"))
-    export_rows(args.folder, "data", World(args.held_out), args.n, args.seed)
-    export_rows(args.folder, "val", World(held_out=True), few, args.seed + 1)
+    export_rows(args.folder, "data", World(args.held_out), args.tasks, args.n, args.seed)
+    export_rows(args.folder, "val", World(held_out=True), args.tasks, few, args.seed + 1)
     rng = np.random.default_rng(args.seed + 2)
     rows = [{"input_image": f"backgrounds/{k:05}.png"} for k in range(few)]
     for row in rows:
@@ -422,7 +446,7 @@ def look(args):
         for _ in range(3):
             description = Description((pick(rng, world.subjects),), name)
             background = scenes.paint(rng, name)
-            image, _ = paste(background, world.place(rng, description, [background])[0])
+            image, _ = paste(background, world.place(rng, description, background)[0])
             images.append(image.resize((2 * SIZE, 2 * SIZE), Image.BICUBIC))
     sheets = [cli.contact_sheet(images, columns=15)]
     processor = data.Processor(byte_tokenizer(), patches=1, max_tokens=1 << 12, image_size=SIZE)
