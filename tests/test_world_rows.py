@@ -245,6 +245,17 @@ def test_an_export_is_read_as_any_other_data(tmp_path, capsys):
             assert torch.equal(sample["target"], data.target_pixels(target, 64))
 
 
+def test_lessons_are_exported_as_lists_of_pictures_that_end_with_the_query(tmp_path):
+    rows.main(["export", str(tmp_path), "--n", "3", "--tasks", "icl", "t2i"])
+    first, _, third = [json.loads(line) for line in read_lines(tmp_path / "data.jsonl")]
+    for k, row in ((0, first), (2, third)):
+        _, references, target = World().lesson(np.random.default_rng((0, k))).compose()
+        paths = row.pop("image_path") + [row.pop("source_image")]
+        assert row == {"in_context": True, "input_img_list": True, "input_text": ""} and len(paths) == 6
+        for path, image in zip(paths, [*references, target]):
+            assert data.open_image(tmp_path / path).tobytes() == image.tobytes()
+
+
 def test_the_example_in_the_repository_serves_every_stage():
     paths = {name: os.path.join(EXAMPLE, f"{name}.jsonl") for name in ("data", "val", "backgrounds")}
     options = dict(processor=processor(), image_size=64, backgrounds=[paths["backgrounds"]])

@@ -1,12 +1,14 @@
 """A small world to train and to measure a small model in: emoji before painted scenes, as many samples as one asks for.
 
-Some 900 emoji (`sprites.py`) stand before 30 scenes (`scenes.py`), 64 x 64 pixels, for all six of MENTOR's tasks. Every
-instance of an emoji has its own hue, saturation and orientation. No prompt ever mentions these, so a model can show
-this very instance only if it reads the reference. A tenth of the emoji is held out of training.
+Some 900 emoji (`sprites.py`) stand before 30 scenes (`scenes.py`), 64 x 64 pixels, for all six of MENTOR's tasks and
+for learning from examples (`rules.py`). Every instance of an emoji has its own hue, saturation and orientation. No
+prompt ever mentions these, so a model can show this very instance only if it reads the reference. A tenth of the emoji
+is held out of training.
 
     python -m world.rows look                        # a contact sheet of scenes and tasks: out/world.png
     python -m world.rows export out/world --n 200    # a data set on a disk: data.jsonl, val.jsonl, backgrounds.jsonl
     python -m world.rows export assets/example --n 36    # the one that comes with this repository
+    python -m world.rows export out/icl --tasks icl  # lessons: two examples of a rule and a query
     python -m world.rows subject "dog face" out/dog  # images of one instance, with captions and masks
     python -m world.rows atlas                       # draws assets/emoji.webp again
 
@@ -27,6 +29,7 @@ import data
 from cli import InputError
 from weights import byte_tokenizer
 from world import scenes
+from world.rules import EXAMPLES, RULES, TURNS, Lesson
 from world.scenes import PLAIN, SCENES, SIZE, STYLES
 from world.sprites import (ALONE, CROWDED, CROWDS, Appearance, PlacedSprite, contrast, draw_atlas, hat_on, hue_matrix,
                            inside, paste, subjects)
@@ -250,12 +253,25 @@ class World:
         if task == "recover":
             sprites.append([])                           # the other one stays an empty scene
         pictures = []
-        for description, text, background, sprites in zip(descriptions, texts, backgrounds, placed):
-            image, masks = paste(background, sprites, description.style)
-            pictures.append(Picture(description, text, image, masks, sprites))
-        if len(pictures) == 1:
-            return pictures[0]
-        return replace(pictures[0], other=pictures[1])
+        for one, text, background, its_sprites in zip(descriptions, texts, backgrounds, sprites):
+            image, masks = paste(background, its_sprites, one.style)
+            pictures.append(Picture(one, text, image, masks, its_sprites))
+        return replace(pictures[0], others=tuple(pictures[1:]))
+
+    def lesson(self, rng):
+        """-> Lesson: an instance of a rule, shown by examples. Nothing but the rule's outputs depends on the rule."""
+        rule, turn = pick(rng, list(RULES)), pick(rng, TURNS)
+        names = rng.permutation(list(SCENES))[:EXAMPLES + 2]
+        *backgrounds, elsewhere = [scenes.paint(rng, name) for name in names]
+        inputs = []
+        for subject, background in zip(rng.permutation(self.subjects).tolist(), backgrounds):
+            x = pick(rng, (20, 44)) + rng.uniform(-2, 2)             # not in the middle, so that a mirror moves it
+            place = (x, rng.uniform(27, 41), rng.uniform(26, 36), 0)
+            # a turned subject stands out where the subject would before what is turned the other way
+            turned = background.convert("RGB", hue_matrix(-turn, 1))
+            sprite, *_ = self.standing_out(rng, subject, 3 * [place], [background, turned, elsewhere])
+            inputs.append((background, sprite))
+        return Lesson(rule, tuple(inputs), turn, elsewhere)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,11 +306,12 @@ def compose(task, picture, rng):
 class EmojiData(Dataset):
     """Samples of the world, in place of a data.TaskData.
 
-    weights: {task: its share}, default all of data.TASKS alike; besides them there are "caption" (a picture's caption
-    as labels) and "picture" (the target of any task alone, for a VQGAN). length: samples in an epoch; those after it
-    are new ones. extras: styles, hats and second emoji may come in. In training a reference is at times called by a
-    made-up name; otherwise "beach umbrella" and "blueberries", never met before, would be read as scenes. A sample also
-    has "meta": what is seen in it, to score a model's images by.
+    weights: {task: its share}, default all of TASKS alike; besides them there are "icl" (a Lesson), "caption" (a
+    picture's caption as labels) and "picture" (the target of any task alone, for a VQGAN). length: samples in an epoch;
+    those after it are new ones. extras: styles, hats and second emoji may come in. several: numbers of subjects that a
+    sample of task multi may have. In training references are at times called by made-up names; otherwise "beach
+    umbrella" and "blueberries", never met before, would be read as scenes. A sample also has "meta": what is seen in
+    it, to score a model's images by.
     """
 
     def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True,
@@ -342,6 +359,13 @@ class EmojiData(Dataset):
             return sample | {"labels": data.caption_labels(self.processor.tokenizer, picture.caption)}
         return sample | {"target": data.target_pixels(target, self.image_size)}
 
+    def lesson_sample(self, k, lesson):
+        """A Lesson as sample k."""
+        prompt, references, target = lesson.compose()
+        sample = {"task": "icl", "name": f"emoji:{k}", "key": k, "problems": [], "meta": {"rule": lesson.rule}}
+        sample |= self.processor(prompt, references)
+        return sample | {"target": data.target_pixels(target, self.image_size)}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The world as files
@@ -376,6 +400,17 @@ def save_row(task, picture, folder, stem):
     return row
 
 
+def save_lesson(lesson, folder, stem):
+    """Writes a lesson's images. -> its row: input, output, input, output, ..., query, and what is to be drawn"""
+    _, references, target = lesson.compose()
+    images = {f"{stem}.{i}.png": reference for i, reference in enumerate(references)}
+    row = {"in_context": True, "input_img_list": True, "image_path": list(images), "source_image": f"{stem}.png",
+           "input_text": ""}
+    for name, image in (images | {row["source_image"]: target}).items():
+        save_image(image, os.path.join(folder, name))
+    return row
+
+
 def save_rows(rows, path):
     """Writes a JSONL file."""
     with cli.atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -387,10 +422,12 @@ def export_rows(folder, name, world, tasks, n, seed):
     """Writes folder/name.jsonl with n rows, the tasks in turn, and their images into folder/name."""
     rows = []
     for k in range(n):
-        task = data.TASKS[k % len(data.TASKS)]
-        # a subject pair has no hat or style, because it is used in both orders
-        picture = world.picture(np.random.default_rng((seed, k)), task, extras=task != "subject")
-        rows.append(save_row(task, picture, folder, f"{name}/{k:05}"))
+        task, rng, stem = tasks[k % len(tasks)], np.random.default_rng((seed, k)), f"{name}/{k:05}"
+        if task == "icl":
+            rows.append(save_lesson(world.lesson(rng), folder, stem))
+        else:                                  # a subject pair has no hat or style, because it is used in both orders
+            picture = world.picture(rng, task, extras=task != "subject")
+            rows.append(save_row(task, picture, folder, stem))
     save_rows(rows, os.path.join(folder, f"{name}.jsonl"))
 
 
@@ -450,10 +487,11 @@ def look(args):
             images.append(image.resize((2 * SIZE, 2 * SIZE), Image.BICUBIC))
     sheets = [cli.contact_sheet(images, columns=15)]
     processor = data.Processor(byte_tokenizer(), patches=1, max_tokens=1 << 12, image_size=SIZE)
-    for i, task in enumerate(data.TASKS):
+    for i, task in enumerate((*TASKS, "icl")):
         samples = EmojiData(processor, weights={task: 1}, seed=args.seed + i, held_out=args.held_out)
-        tiles = [data.tile(samples[k], places=3) for k in range(args.n)]
-        sheets.append(cli.contact_sheet(tiles, columns=args.n))
+        places = {"multi": 5, "icl": 6}.get(task, 3)
+        tiles = [data.tile(samples[k], places) for k in range(args.n)]
+        sheets.append(cli.contact_sheet(tiles, columns=max(1, 3 * args.n // places)))
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height + 8 for sheet in sheets)
     page = Image.new("RGB", (width, height), "white")
     top = 0
@@ -492,6 +530,8 @@ def parse(argv):
     command = add_command(commands, export, 200, "rows of data.jsonl")
     command.add_argument("folder")
     command.add_argument("--held-out", action="store_true", help="data.jsonl too of subjects kept out of training")
+    command.add_argument("--tasks", nargs="+", choices=(*TASKS, "icl"), default=TASKS, metavar="TASK",
+                         help=f"in turn; some of {', '.join(TASKS)} (default: these), icl")
 
     command = add_command(commands, subject, 6, "images")
     command.add_argument("label", help='its name, such as "dog face"')
