@@ -5,6 +5,7 @@ import os
 import pathlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import log
@@ -14,8 +15,10 @@ import data
 import weights
 from cli import InputError
 from world import evaluate, rows, scenes
-from world.judge import accuracy_on_true_images
-from world.train import SMALL
+from world.judge import accuracy_on_true_images, load_judge
+from world.rows import World
+from world.rules import RULES
+from world.train import SMALL, STAGES
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -31,11 +34,11 @@ def small(tmp_path_factory):
 def test_the_bundled_model_copies_subjects_it_has_never_seen_and_does_so_from_the_reference():
     mentor = weights.load("tiny")
     args = SimpleNamespace(seed=5, samples=16, batch=16, show=0)
-    segmented = evaluate.score_task(mentor, None, "segment", args)[0]
-    copied = evaluate.score_task(mentor, None, "reconstruct", args)[0]
+    segmented = evaluate.score_test(mentor, None, evaluate.TESTS["segment"], args)[0]
+    copied = evaluate.score_test(mentor, None, evaluate.TESTS["reconstruct"], args)[0]
     sample = mentor.sample
     mentor.sample = lambda batch, seeds: sample(batch | {"refs": batch["refs"].roll(1, 0)}, seeds)
-    wrong = evaluate.score_task(mentor, None, "segment", args)[0]
+    wrong = evaluate.score_test(mentor, None, evaluate.TESTS["segment"], args)[0]
     assert segmented["iou"].mean() > 0.8 and wrong["iou"].mean() < 0.4
     assert copied["psnr"].mean() > 22.5
 
@@ -55,14 +58,15 @@ def test_the_bundled_model_draws_the_background_that_the_prompt_names():
 def judge(tmp_path_factory):
     """A file of a judge after a few steps."""
     path = str(tmp_path_factory.mktemp("judge") / "judge.safetensors")
-    with torch.enable_grad():
+    with torch.enable_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("world.judge.accuracy_on_true_images", lambda judge: accuracy_on_true_images(judge, n=100))
         evaluate.main(["judge", "--steps", "3", "--batch", "8", "--out", path])
     return path
 
 
 def test_scoring_a_small_model_gives_a_record_and_a_sheet(tmp_path, small, judge, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "accuracy_on_true_images", lambda judge: accuracy_on_true_images(judge, n=100))
-    command = ["world", "--weights", small, "--judge", judge, "--samples", "6", "--batch", "4", "--show", "4"]
+    command = ["world", "--weights", small, "--judge", judge, "--samples", "4", "--batch", "3", "--show", "2"]
     records = []
     for name in ("a", "b"):
         evaluate.main([*command, "--out", str(tmp_path / name)])
@@ -71,7 +75,67 @@ def test_scoring_a_small_model_gives_a_record_and_a_sheet(tmp_path, small, judge
     assert records[0] == records[1]                            # a function of weights and seed
     assert set(records[0]["subject"]) >= {"scene", "subject", "hue", "scene_ceiling", "cp", "pf", "cp*pf", "cp/pf"}
     assert "iou" in records[0]["segment"] and set(records[0]["reconstruct"]) >= {"psnr_ceiling", "l2"}
-    assert "judge on true pictures" in capsys.readouterr().out
+    assert not {"two subjects", "four subjects"} & set(records[0])         # its prefix has no room for two references
+    printed = capsys.readouterr().out
+    assert "judge on true pictures" in printed and "only 128 prefix rows: two subjects, three" in printed
+
+
+def test_several_subjects_are_scored_with_as_many_references(tmp_path, small, judge, monkeypatch):
+    mentor, asked = weights.load(small, prefix_tokens=360), []
+    assert evaluate.tests_that_fit(mentor) == list(evaluate.TESTS)
+    monkeypatch.setattr(mentor, "sample", lambda batch, seeds: asked.append(batch) or batch["target"])
+    for number, name in enumerate(("two subjects", "three subjects", "four subjects"), start=2):
+        scores, _ = evaluate.score_test(mentor, load_judge(judge), evaluate.TESTS[name],
+                                        SimpleNamespace(seed=5, samples=4, batch=3, show=0))
+        assert {"all", "share", "twice", "missing", "all_ceiling"} <= set(scores) and scores["all"].shape == (4,)
+    assert [len(batch["refs"]) / len(batch["ids"]) for batch in asked] == [2, 2, 3, 3, 4, 4]
+
+
+def reader(seed):
+    """Draws what the first example of each lesson shows, as a model would that has learned every rule."""
+    def sample(batch, seeds):
+        references, images = batch["refs"].unflatten(0, (-1, 5)), []
+        for k, (_, shown, *_) in zip(seeds, references):
+            lesson = World(held_out=True).lesson(np.random.default_rng((seed, k - seed)))
+            errors = {rule: (data.clip_pixels(lesson.output(0, rule), 64) - shown).abs().max().item() for rule in RULES}
+            images.append(data.target_pixels(lesson.output(2, min(errors, key=errors.get)), 64))
+        return torch.stack(images)
+    return sample
+
+
+def test_a_model_that_reads_the_examples_draws_their_rule_and_with_others_it_falls_to_chance(monkeypatch):
+    mentor, args = weights.load("tiny", prefix_tokens=STAGES["icl"].prefix_tokens), SimpleNamespace(
+        seed=5, samples=120, batch=60, show=2)
+    monkeypatch.setattr(mentor, "sample", reader(args.seed))
+    records, tiles = evaluate.score_lessons(mentor, args)
+    scores = evaluate.lesson_scores(records)
+    assert scores["accuracy"] == 1 and 0.08 < scores["shuffled"] < 0.26 and scores["ceiling"] > 0.95 and len(tiles) == 2
+    assert set(scores) == {"accuracy", "shuffled", "ceiling", *RULES}
+
+
+def test_a_model_that_copies_the_query_has_drawn_no_rule_and_one_that_is_told_it_is_seen_by_the_shuffled_score(
+        monkeypatch):
+    mentor, args = weights.load("tiny", prefix_tokens=384), SimpleNamespace(seed=6, samples=20, batch=20, show=0)
+    lessons = [World(held_out=True).lesson(np.random.default_rng((6, k))) for k in range(20)]
+    queries = torch.stack([data.target_pixels(lesson.input(2), 64) for lesson in lessons])
+    for sample, score in ((lambda batch, seeds: queries, 0), (lambda batch, seeds: batch["target"], 1)):
+        monkeypatch.setattr(mentor, "sample", sample)
+        scores = evaluate.lesson_scores(evaluate.score_lessons(mentor, args)[0])
+        assert scores["accuracy"] == scores["shuffled"] == score
+
+
+def test_the_variants_of_the_architectures_differ_in_their_own_flags_alone(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(evaluate.subprocess, "Popen", lambda command, **options: commands.append(command)
+                        or SimpleNamespace(wait=lambda: 0))
+    args = SimpleNamespace(init="tiny", out=str(tmp_path), seeds=1, steps=7, global_batch=4)
+    for name, variant in evaluate.ARCHITECTURES.variants.items():
+        evaluate.train_variant(args, name, variant)
+    own = [set(command) - set.intersection(*map(set, commands)) for command in commands]
+    folder = str(tmp_path / "seed0_")
+    assert own == [{"2", "released", f"{folder}2-released-identity"}, {"2", "query", f"{folder}2-query-identity"},
+                   {"multi", "released", f"{folder}multi-released-identity"}]
+    assert all(command[command.index("--steps") + 1] == "7" and "--connector" in command for command in commands)
 
 
 def test_the_grid_is_a_sheet_of_subjects_and_scenes(tmp_path, small):
@@ -101,12 +165,12 @@ def test_the_ablation_trains_every_variant_shares_stage_1_and_can_be_started_aga
              "--show", "2", "--out", str(tmp_path / "out")]
     evaluate.main(flags)
     folders = {entry.name for entry in os.scandir(tmp_path / "out") if entry.is_dir()}
-    assert folders == {"seed0_1", "seed0_1_2", "seed0_none_2", "seed0_1-segment", "seed0_1-segment_2",
+    assert folders == {"seed0_1", "seed0_1_2", "seed0_2", "seed0_1-segment", "seed0_1-segment_2",
                        "seed0_1_2-recover", "seed0_1_2-segment", "seed0_1_2-t2i"}
     record = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert [row["variant"] for row in record["rows"]] == list(evaluate.VARIANTS)
+    assert [row["variant"] for row in record["rows"]] == list(evaluate.ABLATION.variants)
     steps = {name: len(log(tmp_path / "out" / name)) for name in folders}
-    assert steps["seed0_1"] == 1 and steps["seed0_1_2"] == 2 and steps["seed0_none_2"] == 3
+    assert steps["seed0_1"] == 1 and steps["seed0_1_2"] == 2 and steps["seed0_2"] == 3
     capfd.readouterr()
     evaluate.main(flags)
     printed = capfd.readouterr().out

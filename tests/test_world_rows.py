@@ -18,18 +18,19 @@ from weights import byte_tokenizer
 from world import rows, scenes, sprites
 from world.rows import EmojiData, World
 from world.sprites import Appearance, subjects
+from world.train import STAGES
 
 EXAMPLE = os.path.join(sprites.ASSETS, "example")
 STAGE_2 = {"t2i": 600, "segment": 150, "recover": 150, "subject": 400}            # the published mixture
 
 
 def processor(image_size=64):
-    return Processor(byte_tokenizer(), image_tokens=4, max_tokens=256, image_size=image_size)
+    return Processor(byte_tokenizer(), image_tokens=4, max_tokens=512, image_size=image_size)
 
 
-def pictures(task, n, held_out=False, seed=0):
+def pictures(task, n, held_out=False, seed=0, several=2):
     world = World(held_out)
-    return [world.picture(np.random.default_rng((seed, k)), task) for k in range(n)]
+    return [world.picture(np.random.default_rng((seed, k)), task, several=several) for k in range(n)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,19 +52,40 @@ def test_held_out_subjects_and_families_never_appear_in_training():
 def test_a_pair_shares_its_appearance_but_not_its_scene_and_seldom_moves_far():
     near, colours, pairs = 0, [], pictures("subject", 200)
     for picture in pairs:
-        target, reference = picture.sprites[0], picture.other.sprites[0]
-        description, other = picture.description, picture.other.description
-        assert len(picture.other.sprites) == 1
+        in_reference, = picture.others
+        target, reference = picture.sprites[0], in_reference.sprites[0]
+        description, other = picture.description, in_reference.description
+        assert len(in_reference.sprites) == 1
         assert target.appearance == reference.appearance and other.subjects == description.subjects
         assert description.scene != other.scene and other.style is None
         moved = max(abs(target.x - reference.x), abs(target.y - reference.y))
         near += moved < 4 and 0.84 < reference.side / target.side < 1.16
         if len(picture.sprites) == 1 and not description.style:
-            seen = [np.asarray(one.image)[one.masks[0]].mean(axis=0) for one in (picture, picture.other)]
+            seen = [np.asarray(one.image)[one.masks[0]].mean(axis=0) for one in (picture, in_reference)]
             colours.append(np.abs(seen[0] - seen[1]).max())
     assert 0.6 < near / len(pairs) < 0.95
     assert np.median(colours) < 8 and max(colours) < 45              # what shines through at the edges differs
-    assert len({picture.other.description.scene for picture in pairs}) > 20
+    assert len({picture.others[0].description.scene for picture in pairs}) > 20
+
+
+@pytest.mark.parametrize("several", sprites.CROWDS)
+def test_several_subjects_stand_in_their_cells_in_the_order_of_their_references(several):
+    stays = []
+    for picture in pictures("multi", 40, several=several):
+        assert len(picture.sprites) == len(picture.others) == len(set(picture.description.subjects)) == several
+        *first, last = [rows.with_article(label) for label in picture.description.labels]
+        assert f"{', '.join(first)} and {last}" in picture.caption
+        for place, (left, top, right, bottom) in enumerate(sprites.CROWDS[several].cells):
+            sprite, other = picture.sprites[place], picture.others[place]
+            assert sprite.appearance.subject == picture.description.subjects[place]
+            assert [one.appearance for one in other.sprites] == [sprite.appearance]
+            assert other.description.scene != picture.description.scene
+            assert picture.masks[place][top:bottom, left:right].sum() >= 0.97 * picture.masks[place].sum() > 0
+            stays.append(max(abs(sprite.x - other.sprites[0].x), abs(sprite.y - other.sprites[0].y)) < 4)
+        prompt, references, target = rows.compose("multi", picture, np.random.default_rng(0))
+        assert prompt.count(data.IMAGE) == several and target is picture.image
+        assert [image.tobytes() for image in references] == [other.image.tobytes() for other in picture.others]
+    assert 0.6 < np.mean(stays) < 0.95
 
 
 def test_the_words_do_not_depend_on_the_appearance(monkeypatch):
@@ -108,13 +130,18 @@ def test_batches_of_all_tasks_come_by_their_weights():
     samples = EmojiData(processor(24), 32, shares, length=1000)
     assert samples.tasks == ["t2i", "reconstruct", "segment", "subject", "multi"] and len(samples) == 1000
     assert samples.counts == {"t2i": 300, "reconstruct": 100, "segment": 100, "subject": 400, "multi": 100}
-    seen, places = dict.fromkeys(samples.tasks, 0), {"t2i": 0, "multi": 2}
+    seen, places, crowds = dict.fromkeys(samples.tasks, 0), {"t2i": 0}, set()
     for batch in data.batches(samples, 0, 600, 50):
         assert batch["target"].shape == (50, 3, 32, 32) and not any(batch["problems"])
-        assert len(batch["refs"]) == sum(places.get(task, 1) for task in batch["task"])
-        for task, prompt in zip(batch["task"], batch["prompt"]):
+        assert len(batch["refs"]) == sum(prompt.count(data.IMAGE) for prompt in batch["prompt"])
+        for task, prompt, meta in zip(batch["task"], batch["prompt"], batch["meta"]):
             seen[task] += 1
-            assert prompt.count(data.IMAGE) == places.get(task, 1)
+            if task == "multi":
+                crowds.add(prompt.count(data.IMAGE))
+                assert prompt.count(data.IMAGE) == len(meta["labels"]) == len(meta["appearances"])
+            else:
+                assert prompt.count(data.IMAGE) == places.get(task, 1)
+    assert crowds == {2, 3, 4}
     for task, count in samples.counts.items():
         assert abs(seen[task] / 600 - count / 1000) < 0.06, seen
 
@@ -129,6 +156,10 @@ def test_in_training_a_fifth_of_the_references_go_by_a_made_up_name_and_held_out
             assert prompt.count(name) >= 1 + (samples[k]["task"] == "subject")        # wherever the subject is named
             renamed += name != label
         assert low <= renamed / 150 <= high
+    for k in range(40):                                  # of several subjects all or none
+        sample = EmojiData(processor(), weights={"multi": 1})[k]
+        known = [label in re.findall("The (.*) in <image>", sample["prompt"]) for label in sample["meta"]["labels"]]
+        assert len(set(known)) == 1
     prompt = "The mage in <image>.\non a stage, a mage wearing a crown"
     assert rows.renamed(prompt, "mage", "owl") == "The owl in <image>.\non a stage, an owl wearing a crown"
 
@@ -155,8 +186,19 @@ def test_prompts_for_the_tokenizer_hold_every_name_and_phrase():
 def test_every_prompt_fits_the_prefix_of_the_small_model():
     small = weights.load("tiny").processor
     with_one_image = [prompt for prompt in rows.captions(6000) if prompt.count(data.IMAGE) == 1]
-    longest = max(len(small.tokenizer.encode(prompt).ids) + small.patches - 1 for prompt in with_one_image)
+    longest = max(len(small.tokenizer.encode(prompt).ids) + small.image_tokens - 1 for prompt in with_one_image)
     assert longest < 0.9 * small.max_tokens
+
+
+def test_every_prompt_of_several_subjects_fits_the_prefix_of_stage_multi():
+    tokenizer, patches = weights.load("tiny").processor.tokenizer, 64
+    world, longest = World(None), 0
+    for k in range(1500):
+        rng = np.random.default_rng(k)
+        description = world.describe(rng, "multi", several=4)
+        prompt = data.prompt_for("multi", description.labels, description.caption(rng))
+        longest = max(longest, len(tokenizer.encode(prompt).ids) + 4 * (patches - 1))
+    assert 4 * patches < longest < STAGES["multi"].prefix_tokens
 
 
 def test_the_text_tokenizer_of_the_small_model_can_be_learned_again():
@@ -191,7 +233,7 @@ def test_an_export_is_read_as_any_other_data(tmp_path, capsys):
         objects = json.loads(line).get("objects", [])
         assert held_out.issuperset([objects] if isinstance(objects, str) else objects)
     dataset = TaskData([tmp_path / "data.jsonl"], processor(), 64)
-    assert dataset.tasks == list(data.TASKS) and dataset.lines == 24 and not dataset.problems and len(dataset) == 28
+    assert dataset.tasks == list(rows.TASKS) and dataset.lines == 24 and not dataset.problems and len(dataset) == 28
     samples = [dataset[k] for k in range(len(dataset))]
     assert not any(sample["problems"] for sample in samples)
     world = World(True)
@@ -203,13 +245,24 @@ def test_an_export_is_read_as_any_other_data(tmp_path, capsys):
             assert torch.equal(sample["target"], data.target_pixels(target, 64))
 
 
+def test_lessons_are_exported_as_lists_of_pictures_that_end_with_the_query(tmp_path):
+    rows.main(["export", str(tmp_path), "--n", "3", "--tasks", "icl", "t2i"])
+    first, _, third = [json.loads(line) for line in read_lines(tmp_path / "data.jsonl")]
+    for k, row in ((0, first), (2, third)):
+        _, references, target = World().lesson(np.random.default_rng((0, k))).compose()
+        paths = row.pop("image_path") + [row.pop("source_image")]
+        assert row == {"in_context": True, "input_img_list": True, "input_text": ""} and len(paths) == 6
+        for path, image in zip(paths, [*references, target]):
+            assert data.open_image(tmp_path / path).tobytes() == image.tobytes()
+
+
 def test_the_example_in_the_repository_serves_every_stage():
     paths = {name: os.path.join(EXAMPLE, f"{name}.jsonl") for name in ("data", "val", "backgrounds")}
     options = dict(processor=processor(), image_size=64, backgrounds=[paths["backgrounds"]])
     for name in ("data", "val"):
         for shares in (STAGE_2, None, {"caption": 1}, {"picture": 1}):
             dataset = TaskData([paths[name]], weights=shares, **options)
-            assert dataset.tasks == list(shares or data.TASKS) and not dataset.problems
+            assert dataset.tasks == list(shares or rows.TASKS) and not dataset.problems
             assert not any(dataset[k]["problems"] for k in range(len(dataset)))
     assert sum(len(content) for content in files_below(EXAMPLE).values()) < 2**20
 

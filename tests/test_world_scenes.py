@@ -25,7 +25,7 @@ def test_every_scene_is_told_apart_behind_subjects_never_seen():
         for k in range(n * len(names)):
             description = rows.Description((rows.pick(rng, world.subjects),), names[k % len(names)])
             background = scenes.paint(rng, description.scene)
-            image, _ = sprites.paste(background, world.place(rng, description, [background])[0])
+            image, _ = sprites.paste(background, world.place(rng, description, background)[0])
             pixels = np.asarray(image) / 255                                      # (64, 64, 3)
             cells = pixels.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3))             # mean colour of 16 parts
             features.append(np.concatenate([cells.ravel(), pixels.std(axis=(0, 1))]))

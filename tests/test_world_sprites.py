@@ -38,7 +38,7 @@ def test_subjects_stand_out_from_their_background():
     for k in range(300):
         description = rows.Description((rows.pick(rng, world.subjects),), list(scenes.SCENES)[k % 30])
         background = scenes.paint(rng, description.scene)
-        contrasts.append(sprites.contrast(background, world.place(rng, description, [background])[0][0]))
+        contrasts.append(sprites.contrast(background, world.place(rng, description, background)[0][0]))
     assert np.mean(np.array(contrasts) >= rows.CONTRAST) > 0.97 and min(contrasts) > 50
 
 

@@ -11,11 +11,12 @@ built so that scores mean something:
 
 Nothing outside this folder depends on it. Read it in this order:
 
-    rows.py         descriptions, pictures and samples of all six tasks; the world as files on a disk
+    rows.py         descriptions, pictures and samples of all six tasks and of lessons; the world as files on a disk
     scenes.py       the backgrounds, painted by code
     sprites.py      the emoji, recoloured and pasted before a background
+    rules.py        lessons: rules that examples show and no prompt names
     tokenizer.py    trains a VQGAN from nothing
     train.py        the small model's stages, in place of the public weights of CLIP, T5 and LlamaGen
     judge.py        the classifier, and its own accuracy on true pictures
-    evaluate.py     scores of the held-out subjects, a sheet of them, the ablation
+    evaluate.py     scores of the held-out subjects, a sheet of them, what is learned in context, the ablations
 """

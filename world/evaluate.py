@@ -1,14 +1,16 @@
 """Measures small models on the emoji world's held-out subjects, which none of them has seen in training.
 
     python -m world.evaluate judge         # trains the judge of this world, once
-    python -m world.evaluate world         # scores a small model: subject-driven images, segmentation, reconstruction
+    python -m world.evaluate world         # scores a small model: one subject and several, segmentation, reconstruction
+    python -m world.evaluate icl           # does it draw what examples show and no prompt names?
     python -m world.evaluate grid          # a sheet of held-out subjects in several scenes
     python -m world.evaluate ablation      # trains and scores the paper's Table 4 in miniature
+    python -m world.evaluate architectures # and its comparison of connectors and of training with several images
 
 A subject-driven image preserves the concept (CP) where the judge names both its subject and its hue, and follows the
-prompt (PF) where the judge names its scene. `*_ceiling` is the same score of the tokenizer's copy of the target, which
-no sampled image can be expected to exceed. The judge itself is in `judge.py`; `eval.py` has the public benchmarks. The
-last file of this folder.
+prompt (PF) where the judge names its scene. Of several subjects "all" must stand there, each in its own hue and none
+twice. `*_ceiling` is the same score of the tokenizer's copy of the target, which no sampled image can be expected to
+exceed. The judge itself is in `judge.py`; `eval.py` has the public benchmarks. The last file of this folder.
 """
 import argparse
 import json
@@ -28,11 +30,27 @@ import weights
 from cli import InputError
 from scorers import color_distance
 from world import rows, scenes, sprites
-from world.judge import accuracy, accuracy_on_true_images, iou, load_judge, psnr, train_judge
+from world.judge import accuracy, accuracy_on_true_images, crowd_accuracy, iou, load_judge, psnr, train_judge
+from world.rules import EXAMPLES, RULES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SEED = 73                                  # of the samples that are scored; no training and no tuning uses it
-TASKS = ("subject", "segment", "reconstruct")
+
+
+class Test(NamedTuple):
+    """What a model is asked for."""
+    task: str
+    several: int = 1                       # subjects, of task multi
+
+
+TESTS = {
+    "subject": Test("subject"),
+    "two subjects": Test("multi", 2),
+    "three subjects": Test("multi", 3),
+    "four subjects": Test("multi", 4),
+    "segment": Test("segment"),
+    "reconstruct": Test("reconstruct"),
+}
 
 
 def format_scores(scores):
@@ -74,46 +92,61 @@ def batch_scores(judge, task, images, targets, metas):
     if task == "subject":
         scores = accuracy(judge, images, metas)
         return scores | {"cp": scores["subject"] * scores["hue"], "pf": scores["scene"]}
+    if task == "multi":
+        return crowd_accuracy(judge, images, metas)
     if task == "segment":
         return {"iou": iou(images, metas)}
     return {"psnr": psnr(images, targets), "l2": color_distance(images, targets)}
 
 
 @torch.inference_mode()
-def score_task(mentor, judge, task, args):
+def score_test(mentor, judge, test, args):
     """-> {score: (args.samples,)}, and the first args.show samples, each with the image made for it"""
-    dataset = rows.EmojiData(mentor.processor, mentor.config.image_size, {task: 1}, args.seed, held_out=True,
-                             extras=False)
+    dataset = rows.EmojiData(mentor.processor, mentor.config.image_size, {test.task: 1}, args.seed, held_out=True,
+                             extras=False, several=(test.several,))
     parts, shown = [], []
-    for start in cli.bar(range(0, args.samples, args.batch), desc=task, leave=False):
+    for start in cli.bar(range(0, args.samples, args.batch), desc=test.task, leave=False):
         stop = min(start + args.batch, args.samples)
         samples = [dataset[i] for i in range(start, stop)]
         batch = data.collate(samples)
         images = mentor.sample(batch, range(args.seed + start, args.seed + stop))         # (B, 3, 64, 64)
         copies = mentor.vqgan.decode(mentor.vqgan.encode(batch["target"]))                # (B, 3, 64, 64)
-        scores = batch_scores(judge, task, images, batch["target"], batch["meta"])
-        ceiling = batch_scores(judge, task, copies, batch["target"], batch["meta"])
+        scores = batch_scores(judge, test.task, images, batch["target"], batch["meta"])
+        ceiling = batch_scores(judge, test.task, copies, batch["target"], batch["meta"])
         parts.append(scores | {f"{name}_ceiling": value for name, value in ceiling.items()})
         shown += zip(samples, images)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shown[:args.show]
 
 
 def score_world(mentor, judge, args):
-    """-> {task: {score: mean}} on held-out subjects, and a contact sheet of the first samples of each task"""
+    """-> {test: {score: mean}} on held-out subjects, and a contact sheet of the first samples of each test"""
     results, tiles = {}, []
-    for task in TASKS:
-        scores, shown = score_task(mentor, judge, task, args)
-        results[task] = {name: values.mean().item() for name, values in scores.items()}
-        tiles += [data.tile(sample, 3, image) for sample, image in shown]
-    cp, pf = results["subject"]["cp"], results["subject"]["pf"]
-    results["subject"] |= {"cp*pf": cp * pf, "cp/pf": cp / max(pf, 1e-9)}
+    places = 2 + max(TESTS[name].several for name in args.tests)
+    for name in args.tests:
+        scores, shown = score_test(mentor, judge, TESTS[name], args)
+        results[name] = {score: values.mean().item() for score, values in scores.items()}
+        tiles += [data.tile(sample, places, image) for sample, image in shown]
+    if "subject" in results:
+        cp, pf = results["subject"]["cp"], results["subject"]["pf"]
+        results["subject"] |= {"cp*pf": cp * pf, "cp/pf": cp / max(pf, 1e-9)}
     return results, cli.contact_sheet(tiles, columns=4)
 
 
+def tests_that_fit(mentor):
+    """The tests for whose references and some text the prefix has room."""
+    room = mentor.config.prefix_tokens // mentor.processor.image_tokens
+    return [name for name, test in TESTS.items() if test.several < room]
+
+
 def run_world(args):
-    """Scores a small model: subject-driven images, segmentation and reconstruction of held-out subjects."""
+    """Scores a small model on held-out subjects: one and several in an image, segmentation, reconstruction."""
     judge, mentor = load_judge(args.judge), load_small(args.weights)
     cli.probe(os.path.join(args.out, "world.json"))
+    if not args.tests:
+        args.tests = tests_that_fit(mentor)
+        if len(args.tests) < len(TESTS):
+            print(f"left out, for {args.weights} has only {mentor.config.prefix_tokens} prefix rows: "
+                  + ", ".join(name for name in TESTS if name not in args.tests))
     results, sheet = score_world(mentor, judge, args)
     record = {
         "weights": str(args.weights),
@@ -124,8 +157,8 @@ def run_world(args):
         **results,
     }
     print(f"the judge on true pictures: {format_scores(record['judge_on_true_pictures'])}")
-    for task, scores in results.items():
-        print(f"{task}: {format_scores(scores)}")
+    for name, scores in results.items():
+        print(f"{name}: {format_scores(scores)}")
     save_image(sheet, os.path.join(args.out, "world.png"))
     cli.write_json(os.path.join(args.out, "world.json"), record)
     print(f"wrote {args.out}/world.json and world.png")
@@ -144,11 +177,11 @@ def run_grid(args):
     for row, subject in enumerate(rng.choice(world.subjects, args.rows, replace=False).tolist()):
         description = rows.Description((subject,), str(rng.choice(list(scenes.PLAIN))))
         background = scenes.paint(rng, description.scene)
-        reference, _ = sprites.paste(background, world.place(rng, description, [background])[0])
+        reference, _ = sprites.paste(background, world.place(rng, description, background)[0])
         label = description.labels[0]
         texts = [f"{rows.with_article(label)} {scenes.SCENES[name].phrases[0]}" for name in args.scenes]
         prompts = [data.prompt_for("subject", [label], text) for text in texts]
-        batch = data.collate([mentor.processor(prompt, [reference]) for prompt in prompts])
+        batch = data.collate([mentor.processor(prompt, [reference], [label]) for prompt in prompts])
         first_seed = args.seed + row * len(prompts)
         images = mentor.sample(batch, range(first_seed, first_seed + len(prompts)))       # (B, 3, 64, 64)
         for image in [reference] + [data.to_image(pixels) for pixels in images]:
@@ -158,23 +191,98 @@ def run_grid(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The ablation
+# Learning in context
+
+UNCHANGED = "none"         # in place of a rule: the query as it was
+
+
+def nearest_rule(image, lesson):
+    """The rule whose true output of the query is nearest to an image, (3, 64, 64), by squared error; or UNCHANGED, if
+    the query itself is nearer still."""
+    candidates = {rule: lesson.output(EXAMPLES, rule) for rule in RULES} | {UNCHANGED: lesson.input(EXAMPLES)}
+    errors = {rule: (image.clamp(-1, 1) - data.target_pixels(candidate, scenes.SIZE)).square().mean().item()
+              for rule, candidate in candidates.items()}
+    return min(errors, key=errors.get)
+
+
+@torch.inference_mode()
+def score_lessons(mentor, args):
+    """Draws lessons of held-out subjects twice: with their own examples and with those of a rule drawn anew, all six
+    alike. -> [{"rule", "drawn": with its own examples, "copied": by the tokenizer, "drawn_shuffled"}], tiles"""
+    world, records, tiles = rows.World(held_out=True), [], []
+    processor, size = mentor.processor, mentor.config.image_size
+    for start in cli.bar(range(0, args.samples, args.batch), desc="icl", leave=False):
+        numbers = range(start, min(start + args.batch, args.samples))
+        lessons = [world.lesson(np.random.default_rng((args.seed, k))) for k in numbers]
+        others = [rows.pick(np.random.default_rng((args.seed, k, 1)), list(RULES)) for k in numbers]
+        images = {}
+        for name, shown in (("drawn", [lesson.rule for lesson in lessons]), ("drawn_shuffled", others)):
+            composed = [lesson.compose(rule) for lesson, rule in zip(lessons, shown)]
+            samples = [{"task": "icl", "target": data.target_pixels(target, size)} | processor(prompt, references)
+                       for prompt, references, target in composed]
+            images[name] = mentor.sample(data.collate(samples), [args.seed + k for k in numbers])
+            if name == "drawn":
+                targets = torch.stack([sample["target"] for sample in samples])           # (B, 3, 64, 64)
+                images["copied"] = mentor.vqgan.decode(mentor.vqgan.encode(targets))
+                tiles += [data.tile(sample, 7, image) for sample, image in zip(samples, images[name])]
+        for i, lesson in enumerate(lessons):
+            found = {name: nearest_rule(drawn[i], lesson) for name, drawn in images.items()}
+            records.append({"rule": lesson.rule, **found})
+    return records, tiles[:args.show]
+
+
+def lesson_scores(records):
+    """How often the drawn rule is the lesson's. -> {"accuracy", "shuffled", "ceiling", each rule's accuracy}"""
+    share = lambda name, chosen: float(np.mean([record[name] == record["rule"] for record in chosen]))
+    scores = {"accuracy": share("drawn", records), "shuffled": share("drawn_shuffled", records),
+              "ceiling": share("copied", records)}
+    for rule in RULES:
+        chosen = [record for record in records if record["rule"] == rule]
+        if chosen:
+            scores[rule] = share("drawn", chosen)
+    return scores
+
+
+def run_icl(args):
+    """Scores what a small model learns from two examples of a rule that no prompt names, on held-out subjects."""
+    mentor = load_small(args.weights)
+    cli.probe(os.path.join(args.out, "icl.json"))
+    records, tiles = score_lessons(mentor, args)
+    scores = lesson_scores(records)
+    print(f"the rule that the examples show is drawn: {format_scores(scores)}; chance {1 / len(RULES):.3f}")
+    save_image(cli.contact_sheet(tiles, columns=2), os.path.join(args.out, "icl.png"))
+    cli.write_json(os.path.join(args.out, "icl.json"), {
+        "weights": str(args.weights),
+        "seed": args.seed,
+        "samples": args.samples,
+        "sampling": asdict(mentor.config.sampling),
+        "scores": scores,
+        "lessons": records,
+    })
+    print(f"wrote {args.out}/icl.json and icl.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants of the training, as tables
+
+class Run(NamedTuple):
+    """A run of `world.train`."""
+    stage: str
+    flags: tuple = ()              # beyond those that all runs of a table share; each with one value
+
 
 class Variant(NamedTuple):
     """A way to train the small model, after a row of the paper's Table 4."""
-    without_1: tuple | None        # tasks left out of stage 1; None = there is no stage 1
-    without_2: tuple               # tasks left out of stage 2
-    paper: tuple | None            # the paper's CP, PF and CP * PF; None where it has no such row
+    runs: tuple                    # one after the other; of two the first has a third of the budget
+    paper: tuple | None = None     # the paper's CP, PF and CP * PF; None where it has no such row
 
 
-VARIANTS = {
-    "full": Variant((), (), (.555, .839, .466)),
-    "without stage 1": Variant(None, (), (.179, .673, .120)),
-    "without segmentation in stage 1": Variant(("segment",), (), None),
-    "without recovery": Variant((), ("recover",), (.661, .284, .188)),
-    "without segmentation in stage 2": Variant((), ("segment",), (.412, .918, .378)),
-    "without text to image": Variant((), ("t2i",), None),
-}
+class Table(NamedTuple):
+    """What `run_table` trains and prints."""
+    variants: dict
+    columns: tuple                 # of COLUMNS
+
+
 COLUMNS = {
     "CP": ("subject", "cp"),
     "PF": ("subject", "pf"),
@@ -184,24 +292,35 @@ COLUMNS = {
     "IoU": ("segment", "iou"),
     "L2": ("reconstruct", "l2"),
 }
+ABLATION = Table({
+    "full": Variant((Run("1"), Run("2")), (.555, .839, .466)),
+    "without stage 1": Variant((Run("2"),), (.179, .673, .120)),
+    "without segmentation in stage 1": Variant((Run("1", ("--without", "segment")), Run("2"))),
+    "without recovery": Variant((Run("1"), Run("2", ("--without", "recover"))), (.661, .284, .188)),
+    "without segmentation in stage 2": Variant((Run("1"), Run("2", ("--without", "segment"))), (.412, .918, .378)),
+    "without text to image": Variant((Run("1"), Run("2", ("--without", "t2i")))),
+}, tuple(COLUMNS))
+PUBLISHED = ("--prefix-rope", "identity")              # a query connector's rows have no place for the grid rotation
+ARCHITECTURES = Table({            # each with a connector that starts from random weights
+    "MLP connector": Variant((Run("2", ("--connector", "released", *PUBLISHED)),)),
+    "query connector": Variant((Run("2", ("--connector", "query", *PUBLISHED)),)),
+    "MLP, several images": Variant((Run("multi", ("--connector", "released", *PUBLISHED)),)),
+}, ("CP", "PF", "CP*PF", "L2"))
 
 
-def stages_of(variant, steps):
-    """-> [(stage, tasks left out, steps)]. Every variant has the same budget, a third of it for stage 1 if it has one.
-    """
-    if variant.without_1 is None:
-        return [("2", variant.without_2, steps)]
-    return [("1", variant.without_1, steps // 3), ("2", variant.without_2, steps - steps // 3)]
+def steps_of(variant, steps):
+    """The steps of each of its runs. Every variant has the same budget."""
+    if len(variant.runs) == 1:
+        return [steps]
+    return [steps // 3, steps - steps // 3]
 
 
-def start_training(args, stage, without, steps, seed, init, out):
-    """Starts `world.train` for one stage in a process of its own. -> subprocess.Popen"""
+def start_training(args, run, steps, seed, init, out):
+    """Starts `world.train` in a process of its own. -> subprocess.Popen"""
     init = os.path.abspath(init) if os.path.exists(init) else init          # else a name such as "tiny"
-    command = [sys.executable, "-m", "world.train", "--stage", stage, "--init", init, "--out", os.path.abspath(out),
+    command = [sys.executable, "-m", "world.train", "--stage", run.stage, "--init", init, "--out", os.path.abspath(out),
                "--steps", str(steps), "--global-batch", str(args.global_batch), "--seed", str(seed),
-               "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0"]
-    for task in without:
-        command += ["--without", task]
+               "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0", *run.flags]
     if cli.checkpoints(out):
         command.append("--resume")
     environment = dict(os.environ)
@@ -210,21 +329,18 @@ def start_training(args, stage, without, steps, seed, init, out):
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
-def train_variant(args, name):
+def train_variant(args, name, variant):
     """Trains a variant with all seeds side by side, as far as that is not done yet. -> {seed: folder of weights}"""
-    variant = VARIANTS[name]
     names = {seed: f"seed{seed}" for seed in range(args.seeds)}
-    if variant.without_1 is None:
-        names = {seed: f"seed{seed}_none" for seed in names}
     weights_of = dict.fromkeys(names, args.init)
-    for stage, without, steps in stages_of(variant, args.steps):
+    for run, steps in zip(variant.runs, steps_of(variant, args.steps)):
         running = {}
         for seed, init in weights_of.items():
-            names[seed] += "_" + "-".join([stage, *without])   # variants with the same stage 1 share its folder
+            names[seed] += "_" + "-".join([run.stage, *run.flags[1::2]])    # variants that begin alike share folders
             weights_of[seed] = out = os.path.join(args.out, names[seed])
             if os.path.join(out, f"step-{steps:08}") not in cli.checkpoints(out):
-                print(f"{name}, seed {seed}: stage {stage}, {steps} steps -> {out}", flush=True)
-                running[out] = start_training(args, stage, without, steps, seed, init, out)
+                print(f"{name}, seed {seed}: stage {run.stage}, {steps} steps -> {out}", flush=True)
+                running[out] = start_training(args, run, steps, seed, init, out)
         failed = [out for out, process in running.items() if process.wait() != 0]
         if failed:
             raise InputError(f"{failed[0]}: the training stopped; give the same command again to continue it")
@@ -250,24 +366,24 @@ def score_variant(folder, judge, args):
     return read_json(path)
 
 
-def print_ablation(scored):
-    """The table: of every variant the mean over the seeds and half their range, and the paper's numbers."""
-    header = "".join(f"{column:>13}" for column in COLUMNS)
+def print_table(table, scored):
+    """Of every variant the mean over the seeds and half their range, and the paper's numbers."""
+    header = "".join(f"{column:>13}" for column in table.columns)
     print(f"{'mean, half the range over seeds':32}{header}   paper: CP, PF, CP*PF")
-    for name, variant in VARIANTS.items():
+    for name, variant in table.variants.items():
         cells = ""
-        for task, score in COLUMNS.values():
+        for task, score in (COLUMNS[column] for column in table.columns):
             values = [row[task][score] for row in scored if row["variant"] == name]
             cells += f"{np.mean(values):7.3f} {np.ptp(values) / 2:.3f}"
         paper = ", ".join(f"{value:.3f}" for value in variant.paper or ()) or "-"
         print(f"{name:32}{cells}   {paper}")
 
 
-def run_ablation(args):
-    """Trains the small model's variants of the paper's Table 4 with equal budgets and prints the table beside it."""
+def run_table(name, table, args):
+    """Trains and scores all variants of a table with equal budgets, prints it and writes it to args.out/name.json."""
     judge = load_judge(args.judge)
     load_small(args.init)                      # so that an error in it is reported before anything is trained
-    if args.steps < 3:
+    if args.steps < 3 and any(len(variant.runs) > 1 for variant in table.variants.values()):
         raise InputError(f"--steps is {args.steps} but two stages share them, a third for the first; give 3 or more")
     budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch}
     path = os.path.join(args.out, "budget.json")
@@ -276,16 +392,27 @@ def run_ablation(args):
     earlier = read_json(path)
     if earlier != budget:
         raise InputError(f"{path}: was begun with {earlier}, not {budget}; give the same or another --out")
+    args.tests = list(dict.fromkeys(COLUMNS[column][0] for column in table.columns))
     scored = []
-    for name, variant in VARIANTS.items():
-        for seed, folder in train_variant(args, name).items():
+    for variant_name, variant in table.variants.items():
+        for seed, folder in train_variant(args, variant_name, variant).items():
             scores = score_variant(folder, judge, args)
-            scored.append({"variant": name, "seed": seed, "paper": variant.paper, **scores})
+            scored.append({"variant": variant_name, "seed": seed, "paper": variant.paper, **scores})
     print(f"judge on true pictures: {format_scores(accuracy_on_true_images(judge))}")
-    print_ablation(scored)
-    path = os.path.join(args.out, "ablation.json")
+    print_table(table, scored)
+    path = os.path.join(args.out, f"{name}.json")
     cli.write_json(path, {**budget, "samples": args.samples, "seed": args.seed, "rows": scored})
     print(f"wrote {path}")
+
+
+def run_ablation(args):
+    """Trains the small model's variants of the paper's Table 4 with equal budgets and prints the table beside it."""
+    run_table("ablation", ABLATION, args)
+
+
+def run_architectures(args):
+    """Trains a new MLP connector, a new query connector and, with several images, a new MLP with equal budgets."""
+    run_table("architectures", ARCHITECTURES, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,6 +423,20 @@ def add_command(commands, name, function):
     parser = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
     parser.set_defaults(run=function)
     return parser.add_argument
+
+
+def add_table_flags(flag, name, init, steps):
+    """The flags of a command that trains and scores a table."""
+    flag("--init", default=init, help=f"weights all variants start from (default {init})")
+    flag("--steps", type=cli.positive_int, default=steps, help=f"optimizer steps of a variant (default {steps})")
+    flag("--global-batch", type=cli.positive_int, default=16, help="samples a step (default 16)")
+    flag("--seeds", type=cli.positive_int, default=2, help="trainings of each variant (default 2)")
+    flag("--judge", default="out/judge.safetensors", help="written by `judge` (default out/judge.safetensors)")
+    flag("--samples", type=cli.positive_int, default=300, help="images a test (default 300)")
+    flag("--show", type=cli.positive_int, default=16, help="images a test on the sheets (default 16)")
+    flag("--batch", type=cli.positive_int, default=50, help="images sampled at once (default 50)")
+    flag("--seed", type=cli.natural, default=SEED, help=f"of the samples that are scored (default {SEED})")
+    flag("--out", default=f"out/eval/{name}", help=f"folder for trainings and results (default out/eval/{name})")
 
 
 def parse(argv):
@@ -312,11 +453,21 @@ def parse(argv):
     flag = add_command(commands, "world", run_world)
     flag("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
     flag("--judge", default="out/judge.safetensors", help="written by `judge` (default out/judge.safetensors)")
-    flag("--samples", type=cli.positive_int, default=300, help="images a task (default 300)")
-    flag("--show", type=cli.positive_int, default=16, help="images a task on the sheet (default 16)")
+    flag("--tests", nargs="+", choices=TESTS, metavar="TEST", help="default: those of "
+         + "; ".join(TESTS) + " for which the weights have enough prefix rows")
+    flag("--samples", type=cli.positive_int, default=300, help="images a test (default 300)")
+    flag("--show", type=cli.positive_int, default=16, help="images a test on the sheet (default 16)")
     flag("--batch", type=cli.positive_int, default=50, help="images sampled at once (default 50)")
     flag("--seed", type=cli.natural, default=SEED, help=f"of the samples (default {SEED})")
     flag("--out", default="out/eval/world", help="folder for world.json and world.png (default out/eval/world)")
+
+    flag = add_command(commands, "icl", run_icl)
+    flag("--weights", default="out/tiny/icl", help="a small model's folder (default out/tiny/icl)")
+    flag("--samples", type=cli.positive_int, default=300, help="lessons, each drawn twice (default 300)")
+    flag("--show", type=cli.positive_int, default=16, help="lessons on the sheet (default 16)")
+    flag("--batch", type=cli.positive_int, default=50, help="images sampled at once (default 50)")
+    flag("--seed", type=cli.natural, default=SEED, help=f"of the lessons (default {SEED})")
+    flag("--out", default="out/eval/icl", help="folder for icl.json and icl.png (default out/eval/icl)")
 
     flag = add_command(commands, "grid", run_grid)
     flag("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
@@ -326,17 +477,8 @@ def parse(argv):
     flag("--seed", type=cli.natural, default=SEED, help=f"of subjects and samples (default {SEED})")
     flag("--out", default="out/eval/grid.png", help="the sheet (default out/eval/grid.png)")
 
-    flag = add_command(commands, "ablation", run_ablation)
-    flag("--init", default="out/tiny/pretrain", help="weights all variants start from (default out/tiny/pretrain)")
-    flag("--steps", type=cli.positive_int, default=800, help="optimizer steps of both stages together (default 800)")
-    flag("--global-batch", type=cli.positive_int, default=16, help="samples a step (default 16)")
-    flag("--seeds", type=cli.positive_int, default=2, help="trainings of each variant (default 2)")
-    flag("--judge", default="out/judge.safetensors", help="written by `judge` (default out/judge.safetensors)")
-    flag("--samples", type=cli.positive_int, default=300, help="images a task (default 300)")
-    flag("--show", type=cli.positive_int, default=16, help="images a task on the sheets (default 16)")
-    flag("--batch", type=cli.positive_int, default=50, help="images sampled at once (default 50)")
-    flag("--seed", type=cli.natural, default=SEED, help=f"of the samples that are scored (default {SEED})")
-    flag("--out", default="out/eval/ablation", help="folder for trainings and results (default out/eval/ablation)")
+    add_table_flags(add_command(commands, "ablation", run_ablation), "ablation", "out/tiny/pretrain", 800)
+    add_table_flags(add_command(commands, "architectures", run_architectures), "architectures", "tiny", 400)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
 """The judge of the emoji world: a small classifier that scores what a small model samples.
 
-It names the scene, the held-out subject and the subject's hue in an image. It is trained on true images alone, and its
-own accuracy on new true images is printed beside every score it gives. PSNR and IoU are here too.
+It names the scene, the held-out subject and the subject's hue in an image. Of several subjects it looks at the cell of
+each. It is trained on true images alone, and its own accuracy on new true images is printed beside every score it
+gives. PSNR and IoU are here too.
 
     python -m world.evaluate judge        # trains it, once: out/judge.safetensors
 
@@ -20,9 +21,9 @@ import cli
 import data
 from cli import InputError
 from scorers import mask_iou
-from weights import byte_tokenizer, fill_in, read_tensors, write_tensors
+from weights import fill_in, read_tensors, write_tensors
 from world import scenes, sprites
-from world.rows import EmojiData
+from world.rows import World
 
 TRAIN_SEED, TEST_SEED = 71, 72        # of the judge's training images and of the ones it is tested on
 HUE_TOLERANCE = 45                    # degrees by which a hue may differ and still count as right
@@ -56,6 +57,12 @@ class Judge(nn.Module):
         return self.scene(h), self.subject(h), self.hue(h)
 
 
+def cells(images, n):
+    """Where each of n subjects stands, as large as a picture. (B, 3, 64, 64) -> n times (B, 3, 64, 64)"""
+    parts = [images[:, :, top:bottom, left:right] for left, top, right, bottom in sprites.CROWDS[n].cells]
+    return [F.interpolate(part, (scenes.SIZE, scenes.SIZE), mode="bilinear") for part in parts]
+
+
 @functools.cache
 def natural_hue(subject):
     """The hue, in radians, of a subject's mean colour before any instance of it is recoloured."""
@@ -64,23 +71,51 @@ def natural_hue(subject):
     return math.atan2((green - blue) * 3**0.5, 2 * red - green - blue)
 
 
-def labels(metas):
-    """What the images of a batch should show: -> scene (B,), subject (B,) as an index into `held_out`, hue (B,) in
-    radians"""
-    names, subjects = list(scenes.SCENES), held_out()
+def labels(metas, place=0):
+    """What the images of a batch should show, of several subjects the one at a place: -> scene (B,), subject (B,) as an
+    index into `held_out`, hue (B,) in radians"""
+    names, appearances = list(scenes.SCENES), [meta["appearances"][place] for meta in metas]
     scene = torch.tensor([names.index(meta["scene"]) for meta in metas])
-    subject = torch.tensor([subjects.index(meta["subject"]) for meta in metas])
-    hue = torch.tensor([natural_hue(meta["subject"]) + math.radians(meta["hue"]) for meta in metas])
+    subject = torch.tensor([held_out().index(one.subject) for one in appearances])
+    hue = torch.tensor([natural_hue(one.subject) + math.radians(one.hue) for one in appearances])
     return scene, subject, hue
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def true_images(seed):
-    """True images of held-out subjects. The judge never reads a prompt, so any tokenizer will do."""
-    processor = data.Processor(byte_tokenizer(), image_tokens=1, max_tokens=1 << 12, image_size=scenes.SIZE)
-    return EmojiData(processor, weights={"t2i": 1}, seed=seed, held_out=True, extras=False)
+def true_images(seed, start, count, several=1):
+    """True images of so many held-out subjects each; a function of seed and number.
+
+    -> images start, start + 1, ... (count, 3, 64, 64), [meta as of EmojiData's samples]
+    """
+    world, images, metas = World(held_out=True), [], []
+    for k in range(start, start + count):
+        rng = np.random.default_rng((seed, several, k))
+        description = world.describe(rng, "multi" if several > 1 else "t2i", extras=False, several=several)
+        background = scenes.paint(rng, description.scene)
+        placed, _ = world.place(rng, description, background)        # without the references, which nobody looks at
+        image, _ = sprites.paste(background, placed)
+        images.append(data.target_pixels(image, scenes.SIZE))
+        metas.append({"scene": description.scene, "appearances": [sprite.appearance for sprite in placed]})
+    return torch.stack(images), metas
+
+
+def training_batch(step, batch_size):
+    """Half of it pictures of one subject, half cells of pictures of several, whose number changes with the step.
+
+    -> images (B, 3, 64, 64), scene (B,), subject (B,), hue (B,)
+    """
+    several = list(sprites.CROWDS)[step % len(sprites.CROWDS)]
+    crowds = batch_size // (2 * several)
+    alone = batch_size - several * crowds
+    images, metas = true_images(TRAIN_SEED, step * batch_size, alone)
+    parts = [labels(metas)]
+    if crowds:
+        crowd_images, metas = true_images(TRAIN_SEED, step * batch_size, crowds, several)
+        images = torch.cat([images, *cells(crowd_images, several)])
+        parts += [labels(metas, place) for place in range(several)]
+    return images, *(torch.cat(part) for part in zip(*parts))
 
 
 def blur_half(images, generator):
@@ -97,12 +132,9 @@ def train_judge(path, steps, batch_size):
     model = Judge()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    dataset = true_images(TRAIN_SEED)
     bar = cli.bar(range(steps), unit="step")
     for step in bar:
-        samples = [dataset[step * batch_size + i] for i in range(batch_size)]
-        images = torch.stack([sample["target"] for sample in samples])                    # (B, 3, 64, 64)
-        scene, subject, hue = labels([sample["meta"] for sample in samples])
+        images, scene, subject, hue = training_batch(step, batch_size)
         scene_logits, subject_logits, direction = model(blur_half(images, generator))
         true_direction = torch.stack([hue.cos(), hue.sin()], dim=1)                       # (B, 2)
         loss = F.cross_entropy(scene_logits, scene) + F.cross_entropy(subject_logits, subject)
@@ -129,31 +161,65 @@ def load_judge(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
+def hue_is_right(direction, hue):
+    """direction: (B, 2) as the judge gives it; hue: (B,) radians. -> (B,) bool"""
+    difference = torch.atan2(direction[:, 1], direction[:, 0]) - hue
+    degrees = torch.rad2deg(torch.atan2(difference.sin(), difference.cos()).abs())        # (B,), 0 to 180
+    return degrees <= HUE_TOLERANCE
+
+
 @torch.no_grad()
 def accuracy(judge, images, metas):
     """Whether each image shows what its meta says. (B, 3, 64, 64) -> {score: (B,), 1 = right, 0 = wrong}"""
     scene, subject, hue = labels(metas)
     scene_logits, subject_logits, direction = judge(images)
     rank = (subject_logits > subject_logits.gather(1, subject[:, None])).sum(dim=1)       # (B,), 0 = the top one
-    difference = torch.atan2(direction[:, 1], direction[:, 0]) - hue
-    degrees = torch.rad2deg(torch.atan2(difference.sin(), difference.cos()).abs())        # (B,), 0 to 180
     return {
         "scene": (scene_logits.argmax(dim=1) == scene).float(),
         "subject": (rank == 0).float(),
         "subject_top5": (rank < 5).float(),
-        "hue": (degrees <= HUE_TOLERANCE).float(),
+        "hue": hue_is_right(direction, hue).float(),
+    }
+
+
+@torch.no_grad()
+def crowd_accuracy(judge, images, metas):
+    """The same for several subjects, in whichever order they stand. (B, 3, 64, 64) -> {score: (B,)}
+
+    "all": each subject stands in one cell, in its own hue; "share": how many of them do; "twice": one stands in several
+    cells; "missing": one stands in none. metas: all of the same number of subjects.
+    """
+    n = len(metas[0]["appearances"])
+    answers = [judge(cell) for cell in cells(images, n)]
+    found = torch.zeros(n, n, len(metas), dtype=torch.bool)    # (cell, subject, B): it is the one that stands there
+    right = torch.zeros_like(found)                                                       # and in its own hue
+    for place in range(n):
+        scene, subject, hue = labels(metas, place)
+        for cell, (_, subject_logits, direction) in enumerate(answers):
+            found[cell, place] = subject_logits.argmax(dim=1) == subject
+            right[cell, place] = found[cell, place] & hue_is_right(direction, hue)
+    right, times = right.any(dim=0), found.sum(dim=0)                                     # (subject, B)
+    scene_logits = sum(scene_logits for scene_logits, _, _ in answers)                    # (B, 30)
+    return {
+        "scene": (scene_logits.argmax(dim=1) == scene).float(),
+        "all": right.all(dim=0).float(),       # as many cells as subjects: then none stands in two
+        "share": right.float().mean(dim=0),
+        "twice": (times > 1).any(dim=0).float(),
+        "missing": (times == 0).any(dim=0).float(),
     }
 
 
 def accuracy_on_true_images(judge, n=1000, seed=TEST_SEED, batch_size=100):
-    """The judge's own accuracy on n true images of held-out subjects. -> {score: mean}"""
-    dataset = true_images(seed)
-    parts = []
-    for start in range(0, n, batch_size):
-        samples = [dataset[i] for i in range(start, start + batch_size)]
-        images = torch.stack([sample["target"] for sample in samples])                    # (B, 3, 64, 64)
-        parts.append(accuracy(judge, images, [sample["meta"] for sample in samples]))
-    return {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
+    """The judge's own accuracy on n true images of one held-out subject, and on as many of two, of three and of four:
+    "2: all" and so on. -> {score: mean}"""
+    scores = {}
+    for several in (1, *sprites.CROWDS):
+        score = crowd_accuracy if several > 1 else accuracy
+        parts = [score(judge, *true_images(seed, k, batch_size, several)) for k in range(0, n, batch_size)]
+        for name in parts[0]:
+            key = f"{several}: {name}" if several > 1 else name
+            scores[key] = torch.cat([part[name] for part in parts]).mean().item()
+    return scores
 
 
 def psnr(images, targets):

@@ -1,12 +1,14 @@
 """A small world to train and to measure a small model in: emoji before painted scenes, as many samples as one asks for.
 
-Some 900 emoji (`sprites.py`) stand before 30 scenes (`scenes.py`), 64 x 64 pixels, for all six of MENTOR's tasks. Every
-instance of an emoji has its own hue, saturation and orientation. No prompt ever mentions these, so a model can show
-this very instance only if it reads the reference. A tenth of the emoji is held out of training.
+Some 900 emoji (`sprites.py`) stand before 30 scenes (`scenes.py`), 64 x 64 pixels, for all six of MENTOR's tasks and
+for learning from examples (`rules.py`). Every instance of an emoji has its own hue, saturation and orientation. No
+prompt ever mentions these, so a model can show this very instance only if it reads the reference. A tenth of the emoji
+is held out of training.
 
     python -m world.rows look                        # a contact sheet of scenes and tasks: out/world.png
     python -m world.rows export out/world --n 200    # a data set on a disk: data.jsonl, val.jsonl, backgrounds.jsonl
     python -m world.rows export assets/example --n 36    # the one that comes with this repository
+    python -m world.rows export out/icl --tasks icl  # lessons: two examples of a rule and a query
     python -m world.rows subject "dog face" out/dog  # images of one instance, with captions and masks
     python -m world.rows atlas                       # draws assets/emoji.webp again
 
@@ -27,9 +29,12 @@ import data
 from cli import InputError
 from weights import byte_tokenizer
 from world import scenes
+from world.rules import EXAMPLES, RULES, TURNS, Lesson
 from world.scenes import PLAIN, SCENES, SIZE, STYLES
-from world.sprites import (ALONE, CROWDED, Appearance, PlacedSprite, contrast, draw_atlas, hat_on, inside, paste,
-                           subjects)
+from world.sprites import (ALONE, CROWDED, CROWDS, Appearance, PlacedSprite, contrast, draw_atlas, hat_on, hue_matrix,
+                           inside, paste, subjects)
+
+TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")     # for which `World.picture` paints
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a picture shows, in words
@@ -71,7 +76,8 @@ class Description:
 
     def caption(self, rng):
         """In words, which never mention the appearance."""
-        it = " and ".join(with_article(label) for label in self.labels)
+        *others, last = [with_article(label) for label in self.labels] or [""]
+        it = f"{', '.join(others)} and {last}" if others else last
         if self.hat is not None:
             it += " wearing " + with_article(subjects()[self.hat].label)
         if self.beside is not None:
@@ -102,7 +108,7 @@ def captions(n, seed=0):
     world = World(held_out=None)
     for k in range(n):
         rng = np.random.default_rng((seed, k))
-        task = pick(rng, data.TASKS)
+        task = pick(rng, TASKS)
         description = world.describe(rng, task)
         yield data.prompt_for(task, description.labels, description.caption(rng))
 
@@ -141,7 +147,7 @@ class Picture:
     image: Image.Image           # RGB, SIZE x SIZE
     masks: list                  # of each sprite (SIZE, SIZE) bool, the description's subjects first
     sprites: list                # PlacedSprites in the same order
-    other: "Picture | None" = None           # of a subject pair the reference, in recovery the background
+    others: tuple = ()           # the references' pictures, in recovery the background
 
 
 class World:
@@ -153,11 +159,12 @@ class World:
         self.known = [i for i in everyone if not subjects()[i].held_out]      # what a caption alone may name
         self.hats = [i for i in self.known if subjects()[i].label in HATS]
 
-    def describe(self, rng, task, extras=True):
-        """-> Description of a new picture. extras: a style, a hat or a second emoji may come in"""
+    def describe(self, rng, task, extras=True, several=2):
+        """-> Description of a new picture. extras: a style, a hat or a second emoji may come in; several: subjects of
+        task multi"""
         chosen = [pick(rng, self.subjects)]
-        if task == "multi":
-            chosen.append(pick(rng, [i for i in self.subjects if i != chosen[0]]))
+        while task == "multi" and len(chosen) < several:
+            chosen.append(pick(rng, [i for i in self.subjects if i not in chosen]))
         description = Description(tuple(chosen), pick(rng, list(SCENES)))
         chance = rng.random()
         if not extras or task not in ("t2i", "reconstruct", "subject"):
@@ -189,53 +196,82 @@ class World:
                 break
         return chosen
 
-    def place(self, rng, description, backgrounds):
-        """Places what is described before one or more backgrounds: the same instances, most often at about the same
-        place. Hat and second emoji come before the first background only. -> a list of PlacedSprites for each"""
-        crowded = len(description.subjects) > 1 or description.beside is not None
+    def place_in_reference(self, rng, place, crowded):
+        """Where a reference has the subject that its picture has at a place (x, y, side). -> x, y, side"""
+        direction = rng.uniform(-1, 1, 3)
+        stays = rng.random() < STAYS
+        if crowded and not stays:                        # as a reference of its own would have it: large, in the middle
+            return rng.uniform(24, 40), rng.uniform(27, 41), rng.uniform(*ALONE)
+        dx, dy, scale = (direction * (NEAR if stays else FAR)).tolist()
+        x, y, side = place
+        return x + dx, y + dy, side * (1 + scale)
+
+    def place(self, rng, description, background, references=()):
+        """Places what is described before a background, and each subject before its reference's background, if there
+        are any: the same instance, most often at about the same place. Hat and second emoji come before the first
+        background only. -> its PlacedSprites, [PlacedSprite of each reference]"""
+        crowd = CROWDS.get(len(description.subjects))
         room_above = 0 if description.hat is None else 9
-        columns = (17, 47) if rng.random() < 0.5 else (47, 17)       # x of the first and of the second of a crowd
-        sides = CROWDED if crowded else ALONE
-        placed = [[] for _ in backgrounds]
-        for subject, column in zip(description.subjects, columns):
-            side = rng.uniform(*sides)
-            y = rng.uniform(27, 41)
-            x = column + rng.uniform(-3, 3) if crowded else rng.uniform(24, 40)
-            places = [(x, y, side, room_above)]
-            for _ in backgrounds[1:]:
-                direction = rng.uniform(-1, 1, 3)
-                reach = NEAR if rng.random() < STAYS else FAR
-                dx, dy, scale = (direction * reach).tolist()
-                places.append((x + dx, y + dy, side * (1 + scale), 0))
-            for sprites, sprite in zip(placed, self.standing_out(rng, subject, places, backgrounds)):
-                sprites.append(sprite)
+        columns = (17, 47) if rng.random() < 0.5 else (47, 17)       # x of a subject and of an emoji beside it
+        placed, in_references = [], []
+        for k, subject in enumerate(description.subjects):
+            if crowd:
+                side = rng.uniform(*crowd.sides)
+                x, y = (crowd.centres[k] + rng.uniform(-1, 1, 2) * crowd.reach).tolist()
+            else:
+                side = rng.uniform(*(ALONE if description.beside is None else CROWDED))
+                y = rng.uniform(27, 41)
+                x = rng.uniform(24, 40) if description.beside is None else columns[0] + rng.uniform(-3, 3)
+            places, backgrounds = [(x, y, side, room_above)], [background, *references[k:k + 1]]
+            if references:
+                places.append((*self.place_in_reference(rng, (x, y, side), crowd is not None), 0))
+            first, *rest = self.standing_out(rng, subject, places, backgrounds)
+            placed.append(first)
+            in_references += rest
         if description.beside is not None:               # in its natural colours, because only its name is given
             beside = PlacedSprite(Appearance(description.beside), columns[1], y, rng.uniform(*CROWDED))
-            placed[0].append(inside(beside))
+            placed.append(inside(beside))
         if description.hat is not None:
-            placed[0].append(hat_on(placed[0][0], description.hat))
-        return placed
+            placed.append(hat_on(placed[0], description.hat))
+        return placed, in_references
 
-    def picture(self, rng, task, extras=True):
-        """-> Picture for one of data.TASKS, with the other one that belongs to it"""
-        descriptions = [self.describe(rng, task, extras)]
-        if task in ("subject", "recover"):
+    def picture(self, rng, task, extras=True, several=2):
+        """-> Picture for one of TASKS, with the other ones that belong to it. several: subjects of task multi"""
+        description = self.describe(rng, task, extras, several)
+        shown = {"subject": [description.subjects], "recover": [()], "multi": [(i,) for i in description.subjects]}
+        others = []
+        for subjects_shown in shown.get(task, []):
             options = PLAIN if rng.random() < PLAIN_REFERENCE else SCENES
-            names = [name for name in options if name != descriptions[0].scene]
-            descriptions.append(Description(descriptions[0].subjects, pick(rng, names)))
-        texts = [description.caption(rng) for description in descriptions]
-        backgrounds = [scenes.paint(rng, description.scene) for description in descriptions]
+            scene = pick(rng, [name for name in options if name != description.scene])
+            others.append(Description(subjects_shown, scene))
+        descriptions = [description, *others]
+        texts = [one.caption(rng) for one in descriptions]
+        backgrounds = [scenes.paint(rng, one.scene) for one in descriptions]
+        references = () if task == "recover" else backgrounds[1:]
+        placed, in_references = self.place(rng, description, backgrounds[0], references)
+        sprites = [placed] + [[sprite] for sprite in in_references]
         if task == "recover":
-            placed = self.place(rng, descriptions[0], backgrounds[:1]) + [[]]            # the other one stays empty
-        else:
-            placed = self.place(rng, descriptions[0], backgrounds)
+            sprites.append([])                           # the other one stays an empty scene
         pictures = []
-        for description, text, background, sprites in zip(descriptions, texts, backgrounds, placed):
-            image, masks = paste(background, sprites, description.style)
-            pictures.append(Picture(description, text, image, masks, sprites))
-        if len(pictures) == 1:
-            return pictures[0]
-        return replace(pictures[0], other=pictures[1])
+        for one, text, background, its_sprites in zip(descriptions, texts, backgrounds, sprites):
+            image, masks = paste(background, its_sprites, one.style)
+            pictures.append(Picture(one, text, image, masks, its_sprites))
+        return replace(pictures[0], others=tuple(pictures[1:]))
+
+    def lesson(self, rng):
+        """-> Lesson: an instance of a rule, shown by examples. Nothing but the rule's outputs depends on the rule."""
+        rule, turn = pick(rng, list(RULES)), pick(rng, TURNS)
+        names = rng.permutation(list(SCENES))[:EXAMPLES + 2]
+        *backgrounds, elsewhere = [scenes.paint(rng, name) for name in names]
+        inputs = []
+        for subject, background in zip(rng.permutation(self.subjects).tolist(), backgrounds):
+            x = pick(rng, (20, 44)) + rng.uniform(-2, 2)             # not in the middle, so that a mirror moves it
+            place = (x, rng.uniform(27, 41), rng.uniform(26, 36), 0)
+            # a turned subject stands out where the subject would before what is turned the other way
+            turned = background.convert("RGB", hue_matrix(-turn, 1))
+            sprite, *_ = self.standing_out(rng, subject, 3 * [place], [background, turned, elsewhere])
+            inputs.append((background, sprite))
+        return Lesson(rule, tuple(inputs), turn, elsewhere)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +281,8 @@ OBJECT_SCALE = (0.4, 1.0)    # recovery: longer side of the pasted object, as a 
 
 
 def compose(task, picture, rng):
-    """A picture as its task shows it, as data.compose does it with rows on a disk.
+    """A picture as its task shows it, as data.compose does it with rows on a disk; but each of several subjects has a
+    reference picture, where those of the released rows are cut out of the target.
 
     -> prompt, [PIL references], PIL target; all images SIZE x SIZE
     """
@@ -261,28 +298,27 @@ def compose(task, picture, rng):
     if task == "segment":
         return prompt, [image], data.on_black(image, masks[0])
     if task == "recover":                                # painted at twice the size, then averaged
-        pasted = data.recovery_input(image, masks[0], picture.other.image, 2 * SIZE, rng, OBJECT_SCALE)
+        pasted = data.recovery_input(image, masks[0], picture.others[0].image, 2 * SIZE, rng, OBJECT_SCALE)
         return prompt, [pasted.reduce(2)], image
-    if task == "subject":
-        return prompt, [picture.other.image], image
-    references = [data.multi_reference(image, mask, rng).resize((SIZE, SIZE), Image.BICUBIC) for mask in masks]
-    return prompt, references, image
+    return prompt, [other.image for other in picture.others], image
 
 
 class EmojiData(Dataset):
     """Samples of the world, in place of a data.TaskData.
 
-    weights: {task: its share}, default all of data.TASKS alike; besides them there are "caption" (a picture's caption
-    as labels) and "picture" (the target of any task alone, for a VQGAN). length: samples in an epoch; those after it
-    are new ones. extras: styles, hats and second emoji may come in. In training a reference is at times called by a
-    made-up name; otherwise "beach umbrella" and "blueberries", never met before, would be read as scenes. A sample also
-    has "meta": what is seen in it, to score a model's images by.
+    weights: {task: its share}, default all of TASKS alike; besides them there are "icl" (a Lesson), "caption" (a
+    picture's caption as labels) and "picture" (the target of any task alone, for a VQGAN). length: samples in an epoch;
+    those after it are new ones. extras: styles, hats and second emoji may come in. several: numbers of subjects that a
+    sample of task multi may have. In training references are at times called by made-up names; otherwise "beach
+    umbrella" and "blueberries", never met before, would be read as scenes. A sample also has "meta": what is seen in
+    it, to score a model's images by.
     """
 
-    def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True):
+    def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True,
+                 several=tuple(CROWDS)):
         self.processor, self.image_size, self.seed, self.extras = processor, image_size, seed, extras
-        self.rename = RENAMED if extras and held_out is False else 0
-        weights = weights or dict.fromkeys(data.TASKS, 1)
+        self.rename, self.several = RENAMED if extras and held_out is False else 0, several
+        weights = weights or dict.fromkeys(TASKS, 1)
         self.tasks = [task for task, weight in weights.items() if weight != 0]
         if "caption" in self.tasks and len(self.tasks) > 1:
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
@@ -300,23 +336,37 @@ class EmojiData(Dataset):
     def __getitem__(self, k):
         rng = np.random.default_rng((self.seed, k))
         task = self.tasks[int(rng.choice(len(self.tasks), p=self.shares))]
-        any_task = pick(rng, data.TASKS)     # always drawn: the numbers after it must not depend on the task
+        any_task = pick(rng, TASKS)          # always drawn: the numbers after it must not depend on the task
+        if task == "icl":
+            return self.lesson_sample(k, self.world.lesson(rng))
         shown_as = {"caption": "t2i", "picture": any_task}.get(task, task)
-        picture = self.world.picture(rng, shown_as, self.extras)
+        several = pick(rng, self.several) if shown_as == "multi" else 1
+        picture = self.world.picture(rng, shown_as, self.extras, several)
         prompt, references, target = compose(shown_as, picture, rng)
+        names = picture.description.labels
         if task == "caption":
             prompt, references = data.prompt_for(task), [picture.image]
         elif task == "picture":
             prompt, references = data.prompt_for(task), []
         elif references and rng.random() < self.rename:
-            prompt = renamed(prompt, picture.description.labels[0], made_up_name(rng, self.names))
+            names = [made_up_name(rng, self.names) for _ in names]
+            for label, name in zip(picture.description.labels, names):
+                prompt = renamed(prompt, label, name)
         meta = {"labels": picture.description.labels, "scene": picture.description.scene,
-                "style": picture.description.style, **vars(picture.sprites[0].appearance),
-                "mask": picture.masks[0].astype(np.uint8)}
+                "style": picture.description.style, "mask": picture.masks[0].astype(np.uint8),
+                "appearances": [sprite.appearance for sprite in picture.sprites]}
         sample = {"task": task, "name": f"emoji:{k}", "key": k, "problems": [], "meta": meta}
-        sample |= self.processor(prompt, references)
+        named = references and task not in ("caption", "reconstruct")
+        sample |= self.processor(prompt, references, names if named else ())
         if task == "caption":
             return sample | {"labels": data.caption_labels(self.processor.tokenizer, picture.caption)}
+        return sample | {"target": data.target_pixels(target, self.image_size)}
+
+    def lesson_sample(self, k, lesson):
+        """A Lesson as sample k."""
+        prompt, references, target = lesson.compose()
+        sample = {"task": "icl", "name": f"emoji:{k}", "key": k, "problems": [], "meta": {"rule": lesson.rule}}
+        sample |= self.processor(prompt, references)
         return sample | {"target": data.target_pixels(target, self.image_size)}
 
 
@@ -338,8 +388,9 @@ def save_row(task, picture, folder, stem):
     if task == "t2i":
         row["generation_only"] = True
     elif task == "subject":
-        row |= {"image_path": f"{stem}.reference.png", "objects": labels[0], "swapped_text": picture.other.caption}
-        images[row["image_path"]] = picture.other.image
+        reference, = picture.others
+        row |= {"image_path": f"{stem}.reference.png", "objects": labels[0], "swapped_text": reference.caption}
+        images[row["image_path"]] = reference.image
     elif task == "multi":
         row |= {"image_path": list(masks), "objects": labels}
         images |= masks
@@ -352,6 +403,17 @@ def save_row(task, picture, folder, stem):
     return row
 
 
+def save_lesson(lesson, folder, stem):
+    """Writes a lesson's images. -> its row: input, output, input, output, ..., query, and what is to be drawn"""
+    _, references, target = lesson.compose()
+    images = {f"{stem}.{i}.png": reference for i, reference in enumerate(references)}
+    row = {"in_context": True, "input_img_list": True, "image_path": list(images), "source_image": f"{stem}.png",
+           "input_text": ""}
+    for name, image in (images | {row["source_image"]: target}).items():
+        save_image(image, os.path.join(folder, name))
+    return row
+
+
 def save_rows(rows, path):
     """Writes a JSONL file."""
     with cli.atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -359,26 +421,28 @@ def save_rows(rows, path):
     print(f"wrote {path}: {len(rows):,} rows")
 
 
-def export_rows(folder, name, world, n, seed):
+def export_rows(folder, name, world, tasks, n, seed):
     """Writes folder/name.jsonl with n rows, the tasks in turn, and their images into folder/name."""
     rows = []
     for k in range(n):
-        task = data.TASKS[k % len(data.TASKS)]
-        # a subject pair has no hat or style, because it is used in both orders
-        picture = world.picture(np.random.default_rng((seed, k)), task, extras=task != "subject")
-        rows.append(save_row(task, picture, folder, f"{name}/{k:05}"))
+        task, rng, stem = tasks[k % len(tasks)], np.random.default_rng((seed, k)), f"{name}/{k:05}"
+        if task == "icl":
+            rows.append(save_lesson(world.lesson(rng), folder, stem))
+        else:                                  # a subject pair has no hat or style, because it is used in both orders
+            picture = world.picture(rng, task, extras=task != "subject")
+            rows.append(save_row(task, picture, folder, stem))
     save_rows(rows, os.path.join(folder, f"{name}.jsonl"))
 
 
 def export(args):
     """Writes a data set for train.py's --data, --val and --backgrounds: data.jsonl; val.jsonl, a sixth as many rows of
     held-out subjects; backgrounds.jsonl, as many scenes without a subject, for the recovery task."""
-    few = max(args.n // 6, len(data.TASKS))
+    few = max(args.n // 6, len(args.tasks))
     for name in ("data", "val", "backgrounds"):                # before any work
         cli.probe(os.path.join(args.folder, f"{name}.jsonl"))
         cli.probe(os.path.join(args.folder, name, "00000.png"))
-    export_rows(args.folder, "data", World(args.held_out), args.n, args.seed)
-    export_rows(args.folder, "val", World(held_out=True), few, args.seed + 1)
+    export_rows(args.folder, "data", World(args.held_out), args.tasks, args.n, args.seed)
+    export_rows(args.folder, "val", World(held_out=True), args.tasks, few, args.seed + 1)
     rng = np.random.default_rng(args.seed + 2)
     rows = [{"input_image": f"backgrounds/{k:05}.png"} for k in range(few)]
     for row in rows:
@@ -422,14 +486,15 @@ def look(args):
         for _ in range(3):
             description = Description((pick(rng, world.subjects),), name)
             background = scenes.paint(rng, name)
-            image, _ = paste(background, world.place(rng, description, [background])[0])
+            image, _ = paste(background, world.place(rng, description, background)[0])
             images.append(image.resize((2 * SIZE, 2 * SIZE), Image.BICUBIC))
     sheets = [cli.contact_sheet(images, columns=15)]
     processor = data.Processor(byte_tokenizer(), image_tokens=1, max_tokens=1 << 12, image_size=SIZE)
-    for i, task in enumerate(data.TASKS):
+    for i, task in enumerate((*TASKS, "icl")):
         samples = EmojiData(processor, weights={task: 1}, seed=args.seed + i, held_out=args.held_out)
-        tiles = [data.tile(samples[k], places=3) for k in range(args.n)]
-        sheets.append(cli.contact_sheet(tiles, columns=args.n))
+        places = {"multi": 5, "icl": 6}.get(task, 3)
+        tiles = [data.tile(samples[k], places) for k in range(args.n)]
+        sheets.append(cli.contact_sheet(tiles, columns=max(1, 3 * args.n // places)))
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height + 8 for sheet in sheets)
     page = Image.new("RGB", (width, height), "white")
     top = 0
@@ -468,6 +533,8 @@ def parse(argv):
     command = add_command(commands, export, 200, "rows of data.jsonl")
     command.add_argument("folder")
     command.add_argument("--held-out", action="store_true", help="data.jsonl too of subjects kept out of training")
+    command.add_argument("--tasks", nargs="+", choices=(*TASKS, "icl"), default=TASKS, metavar="TASK",
+                         help=f"in turn; some of {', '.join(TASKS)} (default: these), icl")
 
     command = add_command(commands, subject, 6, "images")
     command.add_argument("label", help='its name, such as "dog face"')

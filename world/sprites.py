@@ -6,12 +6,13 @@ of a subject has its own appearance: the hue is turned, the saturation changed, 
 
     python -m world.rows atlas       # draws assets/emoji.webp again; needs Debian's fonts-noto-color-emoji
 
-Next: `tokenizer.py`, which learns a VQGAN from such pictures.
+Next: `rules.py`, which changes such pictures in ways that examples show and no prompt names.
 """
 import functools
 import json
 import os
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -76,6 +77,22 @@ def dyed(sprite):
 # Instances of a subject, and where they stand
 
 ALONE, CROWDED = (28, 46), (22, 30)          # longer side of a subject in pixels, alone and beside another
+
+
+class Crowd(NamedTuple):
+    """How several subjects share a picture: each has a cell of its own, in the order of their references. In pixels."""
+    sides: tuple         # least and greatest longer side of a subject
+    reach: tuple         # how far its centre may lie beside and below or above the cell's
+    centres: tuple       # (x, y)
+    cells: tuple         # (left, top, right, bottom): all of a subject lies in there, wherever its centre is
+
+
+CROWDS = {      # by the number of subjects
+    2: Crowd(CROWDED, (1, 7), ((16, 34), (48, 34)), ((0, 8, 32, 60), (32, 8, 64, 60))),
+    3: Crowd((20, 27), (2, 2), ((16, 16), (48, 16), (32, 48)), ((0, 0, 32, 32), (32, 0, 64, 32), (16, 32, 48, 64))),
+    4: Crowd((20, 27), (2, 2), ((16, 16), (48, 16), (16, 48), (48, 48)),
+             ((0, 0, 32, 32), (32, 0, 64, 32), (0, 32, 32, 64), (32, 32, 64, 64))),
+}
 
 
 @dataclass(frozen=True)

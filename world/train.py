@@ -4,11 +4,14 @@
     python -m world.train --stage pretrain           # what CLIP, FLAN-T5 and LlamaGen bring to the full model
     python -m world.train --stage 1                  # from here on the published stages
     python -m world.train --stage 2
-    python -m world.train --stage multi              # if two subjects in one image are wanted
+    python -m world.train --stage multi              # then what is wanted: several subjects in one image,
+    python -m world.train --stage icl                # learning from examples,
+    python -m world.train --stage reconstruct        # reconstruction alone
 
-Each starts from the one before it in out/tiny. Samples are painted as they are needed, unless --data names files. Flags
-and the loop are those of `train.py`; here stand the small model's sizes, its rows of the stage table, the objective of
-`pretrain` and the optimizer. On two cores take --workers 0 and `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2`.
+Each starts from the one before it in out/tiny, the last three from 2. Samples are painted as they are needed, unless
+--data names files. Flags and the loop are those of `train.py`; here stand the small model's sizes, its rows of the
+stage table, the objective of `pretrain` and the optimizer. On two cores take --workers 0 and
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node=2`.
 
 Shape letters: B batch, n samples that one loss is for, S prefix rows, T image tokens, P patches of an image, D the
 decoder's width, V codes, e their width. Next: `world/judge.py`.
@@ -49,9 +52,16 @@ STAGES = {      # an epoch is 100,000 samples
     # with some reconstruction, or the skill is lost
     "2": replace(train.STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
                  init="out/tiny/1", global_batch=32, lr=2e-3, epochs=0.64, prefix_tokens=128, micro=16),
-    "multi": replace(train.STAGES["multi"], tasks={"t2i": 15, "reconstruct": 10, "segment": 15, "subject": 30,
-                                                   "multi": 30},
-                     init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5, prefix_tokens=192, micro=16),
+    # four references of 64 patches and their text
+    "multi": replace(train.STAGES["multi"], tasks={"t2i": 10, "reconstruct": 10, "segment": 10, "subject": 20,
+                                                   "multi": 50},
+                     init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5, prefix_tokens=360, micro=16),
+    # two examples and a query, so five images (paper, appendix F.4)
+    "icl": replace(train.STAGES["2"], tasks={"icl": 1}, init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5,
+                   prefix_tokens=384, micro=16),
+    # as the paper's Table 5 has it: 1,000 steps
+    "reconstruct": replace(train.STAGES["2"], tasks={"reconstruct": 1}, init="out/tiny/2", global_batch=32, lr=1e-3,
+                           steps=1000, prefix_tokens=128, micro=16),
 }
 CODE_DISTANCE = 4          # pretrain: weight of a code's squared distance from where it should lie
 THUMBNAIL = 8              # pretrain: pixels a side of what a caption's last row has to tell of its image
