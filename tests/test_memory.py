@@ -154,16 +154,19 @@ FULL_SIZE = {"connector": 512, "1": 512, "2": 512, "multi": 1280}               
 
 
 def cases():
-    """(stage, FSDP's ranks, recomputed, micro-batch), all but the first for the slow run."""
-    chosen = [("2", shards, recomputed, 8) for shards in (1, 8) for recomputed in (False, True)]
-    for way in ((1, False), (8, True)):                        # the most and the least
-        chosen += [("2", *way, 1), ("1", *way, 4), ("connector", *way, 3), ("multi", *way, 3)]
+    """(connector, stage, FSDP's ranks, recomputed, micro-batch), all but the first for the slow run."""
+    most, least = (1, False), (8, True)
+    chosen = [("released", "2", shards, recomputed, 8) for shards in (1, 8) for recomputed in (False, True)]
+    for way in (most, least):
+        chosen += [("released", "2", *way, 1), ("released", "1", *way, 4), ("released", "connector", *way, 3),
+                   ("released", "multi", *way, 3)]
+    chosen += [("query", "2", *most, 8), ("query", "multi", *least, 3), ("query", "1", *least, 4),
+               ("query", "connector", *least, 3)]
     for i, case in enumerate(chosen):
         yield pytest.param(*case, marks=pytest.mark.full if i else ())
 
 
-@pytest.mark.parametrize("stage, shards, recomputed, micro", list(cases()))
-@pytest.mark.parametrize("connector", ["released", pytest.param("query", marks=pytest.mark.full)])
+@pytest.mark.parametrize("connector, stage, shards, recomputed, micro", list(cases()))
 def test_the_formula_is_within_5_percent_of_a_count(connector, stage, shards, recomputed, micro):
     rows = 512 if connector == "query" else FULL_SIZE[stage]
     config = replace(MentorConfig(), connector=connector, prefix_tokens=rows)
