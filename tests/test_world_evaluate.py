@@ -128,14 +128,16 @@ def test_the_variants_of_the_architectures_differ_in_their_own_flags_alone(monke
     commands = []
     monkeypatch.setattr(evaluate.subprocess, "Popen", lambda command, **options: commands.append(command)
                         or SimpleNamespace(wait=lambda: 0))
-    args = SimpleNamespace(init="tiny", out=str(tmp_path), seeds=1, steps=7, global_batch=4)
+    args = SimpleNamespace(init="tiny", out=str(tmp_path), seeds=1, steps=7, global_batch=4, bf16=True)
     for name, variant in evaluate.ARCHITECTURES.variants.items():
         evaluate.train_variant(args, name, variant)
     own = [set(command) - set.intersection(*map(set, commands)) for command in commands]
     folder = str(tmp_path / "seed0_")
     assert own == [{"2", "released", f"{folder}2-released-identity"}, {"2", "query", f"{folder}2-query-identity"},
-                   {"multi", "released", f"{folder}multi-released-identity"}]
-    assert all(command[command.index("--steps") + 1] == "7" and "--connector" in command for command in commands)
+                   {"multi", "--lr", "2e-3", "released", f"{folder}multi-2e-3-released-identity"}]
+    assert STAGES["2"].lr == 2e-3
+    assert all(command[command.index("--steps") + 1] == "7" and {"--connector", "--bf16"} <= set(command)
+               for command in commands)
 
 
 def test_the_grid_is_a_sheet_of_subjects_and_scenes(tmp_path, small):

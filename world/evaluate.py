@@ -301,10 +301,10 @@ ABLATION = Table({
     "without text to image": Variant((Run("1"), Run("2", ("--without", "t2i")))),
 }, tuple(COLUMNS))
 PUBLISHED = ("--prefix-rope", "identity")              # a query connector's rows have no place for the grid rotation
-ARCHITECTURES = Table({            # each with a connector that starts from random weights
+ARCHITECTURES = Table({            # each with a connector that starts from random weights, at stage 2's learning rate
     "MLP connector": Variant((Run("2", ("--connector", "released", *PUBLISHED)),)),
     "query connector": Variant((Run("2", ("--connector", "query", *PUBLISHED)),)),
-    "MLP, several images": Variant((Run("multi", ("--connector", "released", *PUBLISHED)),)),
+    "MLP, several images": Variant((Run("multi", ("--lr", "2e-3", "--connector", "released", *PUBLISHED)),)),
 }, ("CP", "PF", "CP*PF", "L2"))
 
 
@@ -321,6 +321,8 @@ def start_training(args, run, steps, seed, init, out):
     command = [sys.executable, "-m", "world.train", "--stage", run.stage, "--init", init, "--out", os.path.abspath(out),
                "--steps", str(steps), "--global-batch", str(args.global_batch), "--seed", str(seed),
                "--sample-every", str(steps), "--save-every", "50", "--keep", "1", "--workers", "0", *run.flags]
+    if args.bf16:
+        command.append("--bf16")
     if cli.checkpoints(out):
         command.append("--resume")
     environment = dict(os.environ)
@@ -385,7 +387,7 @@ def run_table(name, table, args):
     load_small(args.init)                      # so that an error in it is reported before anything is trained
     if args.steps < 3 and any(len(variant.runs) > 1 for variant in table.variants.values()):
         raise InputError(f"--steps is {args.steps} but two stages share them, a third for the first; give 3 or more")
-    budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch}
+    budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch, "bf16": args.bf16}
     path = os.path.join(args.out, "budget.json")
     if not os.path.exists(path):
         cli.write_json(path, budget)
@@ -430,6 +432,7 @@ def add_table_flags(flag, name, init, steps):
     flag("--init", default=init, help=f"weights all variants start from (default {init})")
     flag("--steps", type=cli.positive_int, default=steps, help=f"optimizer steps of a variant (default {steps})")
     flag("--global-batch", type=cli.positive_int, default=16, help="samples a step (default 16)")
+    flag("--bf16", action="store_true", help="train by bf16 products over fp32 weights")
     flag("--seeds", type=cli.positive_int, default=2, help="trainings of each variant (default 2)")
     flag("--judge", default="out/judge.safetensors", help="written by `judge` (default out/judge.safetensors)")
     flag("--samples", type=cli.positive_int, default=300, help="images a test (default 300)")

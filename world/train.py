@@ -57,7 +57,7 @@ STAGES = {      # an epoch is 100,000 samples
                                                    "multi": 50},
                      init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5, prefix_tokens=360, micro=16),
     # two examples and a query, so five images (paper, appendix F.4)
-    "icl": replace(train.STAGES["2"], tasks={"icl": 1}, init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5,
+    "icl": replace(train.STAGES["2"], tasks={"icl": 1}, init="out/tiny/2", global_batch=32, lr=2e-3, epochs=0.5,
                    prefix_tokens=384, micro=16),
     # as the paper's Table 5 has it: 1,000 steps
     "reconstruct": replace(train.STAGES["2"], tasks={"reconstruct": 1}, init="out/tiny/2", global_batch=32, lr=1e-3,
