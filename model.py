@@ -353,6 +353,7 @@ class Mentor(nn.Module):
                              "connector's rows have none; take identity or zero")
         self.config, self.processor = config, None
         self.replay = None                     # takes a decoding step and its cache, gives a faster step
+        self.adapter = None                    # weights.Adapter, if low-rank updates are trained in place of the model
         self.encoder = MultimodalEncoder(config.vision, config.t5, config.connector, config.image_id, t5_decoder,
                                          config.query)
         self.projector = Projector(config.t5.width, config.decoder.width, config.prefix_tokens)

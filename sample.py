@@ -67,6 +67,7 @@ def parse(argv):
     where = parser.add_argument_group("with what and where")
     where.add_argument("--weights", default="tiny", help="a folder, a hub repository (owner/name), random, or one of "
                        f"{', '.join([*weights.BUNDLED, *weights.HUB])}; default tiny")
+    where.add_argument("--lora", metavar="FOLDER", help="what `train.py --lora` wrote, added to the weights")
     where.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: as trained")
     where.add_argument("--out", help="a PNG, replaced if there, or a folder (default out/, of a list out/ITS-NAME/)")
     where.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -191,7 +192,7 @@ def main(argv=None):
 
     # the model
     mentor = weights.load(args.weights, device, weights.DTYPES[dtype], prefix_rope=args.prefix_rope,
-                          offload=args.offload)
+                          offload=args.offload, lora=args.lora)
     if args.subject and data.IMAGE in args.prompt and not mentor.processor.words:
         raise InputError("--subject would have no effect here, because only a query connector reads it; leave it out")
     if args.weights == "tiny":
@@ -211,8 +212,8 @@ def main(argv=None):
     if args.size and args.size < mentor.config.image_size:
         print(f"size: below the weights' own {mentor.config.image_size} pixels it is a cut-out, as if zoomed in")
     start, size = time.perf_counter(), mentor.check_size(args.size or mentor.config.image_size)
-    common = {"size": size, "dtype": dtype, "weights": args.weights, **asdict(mentor.config.sampling),
-              "prefix_rope": mentor.config.decoder.prefix_rope, **args.sampling}
+    common = {"size": size, "dtype": dtype, "weights": args.weights, "lora": args.lora,
+              "prefix_rope": mentor.config.decoder.prefix_rope, **asdict(mentor.config.sampling), **args.sampling}
     if args.prompts:
         draw_list(mentor, args, requests, common, ranks)
         return ranks.leave()

@@ -137,6 +137,8 @@ def make_parser(stages, description):
     how.add_argument("--epochs", type=cli.positive_float, help="how often the data is seen")
     how.add_argument("--global-batch", type=cli.positive_int, help="samples of a step, over all ranks")
     how.add_argument("--micro-batch", type=cli.positive_int, help="samples that a rank computes at once")
+    how.add_argument("--lora", type=cli.positive_int, metavar="RANK", help="train low-rank updates of T5's and the "
+                     "decoder's blocks alone (lora.py); 16 is usual, with ten times the --lr")
     how.add_argument("--lr", type=cli.positive_float, help="peak of the learning rate")
     how.add_argument("--seed", type=cli.natural, default=0, help="of everything random (default 0)")
     machine = parser.add_argument_group("machine")
@@ -219,10 +221,11 @@ class TokenObjective(nn.Module):
 
 
 def freeze(objective, trains):
-    """Only the named parts of the model train; the others stay in eval mode, so without dropout."""
+    """Only the named parts of the model train, or their low-rank updates; the others stay in eval mode, so without
+    dropout."""
     objective.train()
     for name, parameter in objective.mentor.named_parameters():
-        parameter.requires_grad_(name.startswith(trains))
+        parameter.requires_grad_(name.startswith(trains) and (not objective.mentor.adapter or ".lora_" in name))
     for name in PARTS:
         if not name.startswith(trains):
             objective.mentor.get_submodule(name).eval()
@@ -424,6 +427,10 @@ def plan(args, stage):
         config = weights.with_connector(config, args.connector)
     with torch.device("meta"):
         mentor = weights.resize(Mentor(config, t5_decoder="caption" in stage.tasks), args.size)
+    if args.lora:
+        weights.add_lora(mentor, args.lora, stage.trains, stage.init)
+        freeze(TokenObjective(mentor), stage.trains)
+        weights.halve_frozen(mentor)
     args.codes = None                          # encoding ahead changes neither rows nor memory
     train, _, _ = task_data(args, stage, mentor, print)
     steps = steps_of(stage, len(train))
@@ -442,8 +449,8 @@ def report(run):
           f"{config.prefix_tokens} rows, {config.decoder.prefix_rope}")
     for name in PARTS:
         parameters = list(run.mentor.get_submodule(name).parameters())
-        millions = sum(p.numel() for p in parameters) / 1e6
-        print(f"  {name:18} {millions:9.2f} M  {'trains' if parameters[0].requires_grad else 'frozen'}")
+        millions, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) / 1e6 for every in (1, 0))
+        print(f"  {name:18} {millions:9.2f} M  " + (f"{trained:.2f} M train" if trained else "frozen"))
     print(f"batch: {run.micro} samples x {ranks.world} ranks x {run.accum} micro-batches = {stage.global_batch}")
     print(f"steps: {run.steps} of {stage.global_batch} samples, {len(run.train)} samples an epoch")
     way, card = weights.Way(args.fsdp, args.checkpoint_activations, run.micro), cli.card_memory(ranks.device)
@@ -651,14 +658,19 @@ def make_run(args, stage, ranks, log, make_objective, make_data, optimizers_of, 
             stage = replace(stage, steps=training["settings"].get("steps"))
     else:
         mentor = start(args, stage, log)
-    untrained = tuple(part for part in mentor.config.untrained if not part.startswith(stage.trains))
-    mentor.config = replace(mentor.config, untrained=untrained)
+        if args.lora:
+            weights.add_lora(mentor, args.lora, stage.trains, stage.init)
+    if not args.lora:
+        untrained = tuple(part for part in mentor.config.untrained if not part.startswith(stage.trains))
+        mentor.config = replace(mentor.config, untrained=untrained)
     train, val, shown = make_data(args, stage, mentor, log)
     micro, accum, steps = batch_arithmetic(args, stage, mentor, ranks, len(train))
 
     torch.manual_seed(args.seed)               # what an objective adds to the model starts the same on every rank
     objective = make_objective(mentor)
     freeze(objective, stage.trains)
+    if args.lora and ranks.device.type == "cuda" and not args.fsdp:        # which would have all of one type
+        weights.halve_frozen(mentor)
     objective.load_state_dict({name: tensor for name, tensor in saved.items() if ":" not in name}, strict=False)
     model = wrap(objective.to(ranks.device), args, ranks)
     optimizers = optimizers_of(objective, stage)

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
 import cli
+import lora as adapters
 from cli import InputError
 from data import CAPTION_TOKENS, IMAGE
 from encoder import CONNECTORS, QueryConfig, make_connector
@@ -54,7 +55,8 @@ BUNDLED = {"tiny": os.path.join(os.path.dirname(os.path.abspath(__file__)), "ass
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 WORDS = "qformer_tokenizer.json"               # BERT's, where a query connector reads it
 OWN_FILES = (*MODEL_FILES, WORDS)
-CHECKPOINT_FILES = (*OWN_FILES, "training.safetensors", "training.json", "checksums.json")
+ADAPTER = "adapter.safetensors"                # all that a run with --lora writes of its model
+CHECKPOINT_FILES = (*OWN_FILES, ADAPTER, "training.safetensors", "training.json", "checksums.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -733,9 +735,9 @@ class FewRowsLinear(nn.Linear):
 
 
 def use_fast_products(decoder):
-    """Gives every nn.Linear of the decoder the product of FewRowsLinear."""
+    """Gives every plain nn.Linear of the decoder the product of FewRowsLinear."""
     for module in decoder.modules():
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             module.__class__ = FewRowsLinear
 
 
@@ -808,6 +810,13 @@ def place(mentor, device, dtype, offload=False):
     return mentor.eval()
 
 
+def halve_frozen(mentor):
+    """The matrices that no gradient changes, of all but the tokenizer, in bf16: half the room, and no copy a step."""
+    for name, module in mentor.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("vqgan") and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
 def load_files(weights, config, overrides, t5_decoder, log):
     """What `load` reads for any weights but random ones. -> Mentor"""
     paths = {os.path.basename(path): path for path in locate(weights)}
@@ -823,17 +832,62 @@ def load_files(weights, config, overrides, t5_decoder, log):
     return load_public_files(weights, paths, config, overrides, t5_decoder, log)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter.safetensors tells of itself."""
+    base: str                  # the weights that it was trained from
+    prefix_tokens: int
+    prefix_rope: str
+
+
+def read_adapter(folder):
+    """-> {name: tensor} of an adapter's updates, Adapter"""
+    path = os.path.join(folder, ADAPTER)
+    cli.check_file(path, "an adapter, made with `train.py --lora`")
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        about = (file.metadata() or {}).get("mentor", "null")
+    return tensors, cli.from_json(Adapter, cli.parse_json(about.encode(), path), path, LIMITS)
+
+
+def add_lora(mentor, rank, trains, base):
+    """Adds new low-rank updates (lora.py) to a model; from then on they are all that is saved of it. base: the weights'
+    name"""
+    adapters.add(mentor, rank, trains)
+    base = os.path.abspath(base) if os.path.isdir(base) else base
+    mentor.adapter = Adapter(base, mentor.config.prefix_tokens, mentor.config.decoder.prefix_rope)
+
+
+def load_adapted(folder, base, merged, **options):
+    """The weights `base`, default those that the adapter in a folder was trained from, with its updates. -> Mentor"""
+    tensors, about = read_adapter(folder)
+    options = {"prefix_tokens": about.prefix_tokens, "prefix_rope": about.prefix_rope} | {
+        name: value for name, value in options.items() if value is not None}
+    model = load(base or about.base, **options)
+    adapters.put(model, tensors, os.path.join(folder, ADAPTER))
+    model.adapter = replace(about, base=base or about.base)
+    if merged:
+        adapters.merge(model)
+        model.adapter = None
+    return model
+
+
 def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=None, t5_decoder=False, offload=False,
-         connector=None, log=print, **overrides):
+         connector=None, lora=None, merged=True, log=print, **overrides):
     """Reads a whole model; raises InputError unless every tensor is there and fits. -> Mentor, in eval mode
 
     weights: "random", "random-XL" (any row of SIZES), a name of BUNDLED or HUB, a hub repository, or a folder that
     holds either a saved model or public files under any names. config: instead of what the files say. image_size:
     smaller than the weights' own. t5_decoder: also T5's captioning half. offload: see `place`. connector: a new one of
-    this form in place of the weights' own. log: takes one line of news. overrides: as `override` takes them.
+    this form in place of the weights' own. lora: a folder with an adapter to be added; one that is given for weights
+    brings its own along. merged: into the matrices. log: takes one line of news. overrides: as `override` takes them.
     """
     weights = str(weights)
     cli.pick_device(str(device))
+    if lora or os.path.isfile(os.path.join(weights, ADAPTER)):
+        model = load_adapted(lora or weights, weights if lora else None, merged, config=config, t5_decoder=t5_decoder,
+                             log=log, **overrides)
+        return place(resize(model, image_size), device, dtype, offload)
     if RANDOM.fullmatch(weights):
         config = override(config or random_config(weights), **overrides)
         model = random_model(config, byte_tokenizer(), 0, t5_decoder)
@@ -858,11 +912,15 @@ def write_tensors(tensors, path, metadata=None):
 
 
 def write(mentor, folder, state=None):
-    """Writes model.safetensors, config.json and the tokenizers into a folder.
+    """Writes model.safetensors, config.json and the tokenizers into a folder; of a model with LoRA its updates alone.
 
     state: tensors to write in place of the model's own, for a model whose parameters are spread over processes.
     """
-    write_tensors(state or mentor.state_dict(), os.path.join(folder, "model.safetensors"))
+    state = state or mentor.state_dict()
+    if mentor.adapter:
+        updates = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+        return write_tensors(updates, os.path.join(folder, ADAPTER), {"mentor": json.dumps(asdict(mentor.adapter))})
+    write_tensors(state, os.path.join(folder, "model.safetensors"))
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(asdict(mentor.config), file, indent=1)
     if mentor.processor:
@@ -923,7 +981,7 @@ def check_seal(folder):
     if not os.path.lexists(path):
         return
     sums = cli.read_json(path, "a checkpoint's checksums")
-    if not isinstance(sums, dict) or not sums.keys() >= {"model.safetensors", "config.json"}:
+    if not isinstance(sums, dict) or ADAPTER not in sums and not sums.keys() >= {"model.safetensors", "config.json"}:
         raise InputError(f"{path}: holds no checksums of a checkpoint's files")
     for name, expected in sums.items():
         file = os.path.join(folder, os.path.basename(name))
@@ -953,7 +1011,7 @@ def newest_checkpoint(out, t5_decoder=False, log=print):
             path = os.path.join(folder, "training.json")
             training = cli.from_json(Training, cli.read_json(path, "a run's settings"), path, {"step": (0, 2**53)})
             tensors = load_file(os.path.join(folder, "training.safetensors"))
-            return load(folder, t5_decoder=t5_decoder), tensors, asdict(training)
+            return load(folder, t5_decoder=t5_decoder, merged=False), tensors, asdict(training)
         except MemoryError:
             raise
         except Exception as error:             # truncated files fail in many ways
@@ -987,7 +1045,8 @@ def publish(folder, out):
     if changed:
         with suppress(FileNotFoundError):
             os.remove(os.path.join(out, "config.json"))
-    for name in ("model.safetensors", *changed):
+    model = ADAPTER if os.path.exists(os.path.join(folder, ADAPTER)) else "model.safetensors"
+    for name in (model, *changed):
         link(os.path.join(folder, name), os.path.join(out, name))
 
 
@@ -1047,15 +1106,15 @@ class Stack(NamedTuple):
     kept: int                  # all, its input included
 
 
-def numbers(*modules):
-    """How many numbers the parameters are."""
-    return sum(p.numel() for module in modules for p in module.parameters())
+def room(*modules):
+    """Bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
 def matrices(*modules):
-    """How many numbers stand in the matrices of all products."""
-    return sum(linear.weight.numel() for module in modules for linear in module.modules()
-               if isinstance(linear, nn.Linear))
+    """How many numbers stand in the matrices of all products that autocast copies: those in fp32."""
+    return sum(p.numel() for module in modules for linear in module.modules() if isinstance(linear, nn.Linear)
+               for p in linear.parameters(recurse=False) if p.dim() == 2 and p.dtype == torch.float32)
 
 
 def t5_kept(config, itemsize, trains):
@@ -1150,15 +1209,17 @@ def training_memory(mentor, trains, ranks, way, itemsize=2):
     trains: as a stage's row names it. itemsize: bytes of a number in a product, 2 under bf16 autocast, else 4. Of a
     stage that trains a tokenizer no activations are counted.
     """
-    shards, total = ranks if way.fsdp else 1, numbers(mentor)
-    trained = sum(p.numel() for name, p in mentor.named_parameters() if name.startswith(trains))
-    rows = {"parameters": 4 * total / shards, "gradients": 4 * trained / shards, "AdamW": 8 * trained / shards}
+    shards, total = ranks if way.fsdp else 1, room(mentor)
+    if mentor.adapter:
+        trains = tuple(part for part in trains if part in ("encoder.t5", "decoder"))
+    trained = sum(p.numel() for name, p in mentor.named_parameters()
+                  if name.startswith(trains) and (not mentor.adapter or ".lora_" in name))
+    rows = {"parameters": total / shards, "gradients": 4 * trained / shards, "AdamW": 8 * trained / shards}
     if "vqgan" not in trains:
         passed, outside, block = stacks(mentor, trains, itemsize), 0, 0
         if shards > 1:         # what FSDP gathers: all that lies outside of blocks, and the block at hand
-            outside = 4 * (total - numbers(*mentor.encoder.clip.blocks, *connector_blocks(mentor),
-                                         *trainable_blocks(mentor)))
-            block = 4 * max(numbers(stack.blocks[0]) for stack in passed)
+            outside = total - room(*mentor.encoder.clip.blocks, *connector_blocks(mentor), *trainable_blocks(mentor))
+            block = max(room(stack.blocks[0]) for stack in passed)
         copies, kept = kept_for_backward(mentor, trains, passed, itemsize, way.recomputed)
         # recomputing it, the next is gathered already and the gradients of the last are on their way
         backward = {"bf16 copies": copies, "activations": way.micro * kept,
@@ -1172,7 +1233,7 @@ def training_memory(mentor, trains, ranks, way, itemsize=2):
 
 
 SPARE = 8e9 / 2**30        # GiB of a card left for what the formula does not know: CUDA, workspaces, NCCL's buffers
-CARDS = {80: 79.1, 40: 39.4, 24: 23.6}         # GB as cards are sold: GiB that CUDA finds there
+CARDS = {80: 79.1, 40: 39.4, 24: 23.6, 16: 15.6}               # GB as cards are sold: GiB that CUDA finds there
 LAYOUTS_OF_A_STEP = [Way(fsdp, recomputed) for recomputed in (False, True) for fsdp in (False, True)]
 
 
@@ -1188,10 +1249,10 @@ def way_to_fit(mentor, trains, ranks, card, sizes):
 def micro_batch_that_fits(mentor, trains, ranks, card, way, sizes):
     """The largest micro-batch that leaves a GPU of `card` GiB 8 GB free; that of `way`, if it names one, may take them
     all. InputError where a step cannot fit, with flags under which it does."""
-    room = card if way.micro else card - SPARE
+    most = card if way.micro else card - SPARE
     for micro in [way.micro] if way.micro else sizes:
         needed = sum(training_memory(mentor, trains, ranks, way._replace(micro=micro)).values())
-        if needed <= room:
+        if needed <= most:
             return micro
     other = way_to_fit(mentor, trains, ranks, card, sizes)
     advice = f"it fits with {other}" if other else "take more GPUs and --fsdp, or larger ones"
@@ -1221,13 +1282,14 @@ def main(argv=None):
     parser.add_argument("weights", help=f"a folder, a hub repository, or one of {', '.join([*BUNDLED, *HUB])}")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="how the prefix is rotated; default: as trained")
+    parser.add_argument("--lora", metavar="FOLDER", help="an adapter of `train.py --lora` to be merged into them")
     parser.add_argument("--half", action="store_true", help="fp16 on disk: half the size; still computed in fp32")
     args = parser.parse_args(argv)
     check_out(args.out)
     source = BUNDLED.get(args.weights, args.weights)
     if os.path.isdir(source) and os.path.isdir(args.out) and os.path.samefile(source, args.out):
         raise InputError(f"{args.out}: is where the weights come from; choose another folder to write")
-    mentor = load(args.weights, prefix_rope=args.prefix_rope)
+    mentor = load(args.weights, prefix_rope=args.prefix_rope, lora=args.lora)
     state = mentor.state_dict()
     if args.half:
         state = {name: tensor.half() for name, tensor in state.items()}
