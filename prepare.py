@@ -112,8 +112,8 @@ class Pictures:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 ending = ENDINGS[image.format]
-        except Exception as error:             # Pillow raises many kinds
-            raise InputError(f"no picture, or a damaged one: {cli.first_line(error)}") from None
+        except Exception:                      # Pillow raises many kinds
+            raise InputError(f"no picture, or a damaged one: {len(content):,} bytes") from None
         shelf, name = f"{self.kept // A_SHELF:05}", f"{self.kept:09}{ending}"
         os.makedirs(os.path.join(self.store, shelf), exist_ok=True)
         with open(os.path.join(self.store, shelf, name), "wb") as file:
@@ -193,7 +193,7 @@ class JsonText:
     path: for messages. InputError where the text is damaged or cut off.
     """
     CHUNK, LONGEST = 1 << 20, 1 << 24
-    SPACES = re.compile(r"\s*")
+    SPACES, AFTER = re.compile(r"\s*"), re.compile(r"[\s,:\]}]")
 
     def __init__(self, file, path):
         self.file, self.path = io.TextIOWrapper(file, "utf-8-sig"), path
@@ -234,7 +234,7 @@ class JsonText:
         while True:
             try:
                 value, end = cli.decode_json(self.text, self.at)
-                if end < len(self.text) or not self.more():    # else a number could go on
+                if self.AFTER.match(self.text, end) or not self.more():      # else a number could go on
                     self.at = end
                     return value
             except (ValueError, RecursionError):
@@ -488,9 +488,12 @@ def webdataset(*paths):
 
 
 def tar_samples(path):
-    """Yields (where, {ending in small letters: content}) of an archive."""
+    """Yields (where, {ending in small letters: content}) of an archive; one that is cut off is read up to there."""
     wanted, last, sample = (*IMAGES, ".txt", ".text", ".caption", ".json"), None, {}
     try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - tarfile.BLOCKSIZE))
+            whole = not any(file.read())       # an archive ends with zeros; tarfile does not miss them
         with tarfile.open(path, "r|") as archive:
             for member in archive:
                 folder, name = os.path.split(member.name)
@@ -505,8 +508,10 @@ def tar_samples(path):
                     sample[f".{ending.lower()}"] = archive.extractfile(member).read() if member.size < MOST else b""
         if sample:
             yield f"{path}, {'/'.join(filter(None, last))}", sample
+        if not whole:
+            raise tarfile.TarError("it is cut off")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        yield path, InputError(f"a damaged archive, read up to there: {cli.first_line(error)}")
+        yield path, InputError(f"a damaged archive: {cli.first_line(error)}")
 
 
 def webdataset_rows(sample, pictures):
