@@ -159,7 +159,7 @@ def caption_key(records):
 
 def said_of_captions(key):
     """What the name of a source says of its captions."""
-    return f'captions: "{key}"' if key else f"no captions, which {', '.join(CAPTION_KEYS)} would hold"
+    return f'captions in "{key}"' if key else f"without captions, which {', '.join(CAPTION_KEYS)} would hold"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def json_captions(path):
     """Lines {"file_name": path, "text": caption}, as a metadata.jsonl of Hugging Face's imagefolder has them."""
     objects = first_objects(path)
     key, folder = caption_key(objects), os.path.dirname(path)
-    return Source(f"JSON lines of pictures and captions ({said_of_captions(key)})", json_lines(path),
+    return Source(f"JSON lines of pictures and captions, {said_of_captions(key)}", json_lines(path),
                   lambda line, pictures: table_rows(record_of(line), key, pictures, folder))
 
 
@@ -398,7 +398,7 @@ def csv_captions(path):
     """A table with a line of names at its top, among them file_name, as a metadata.csv of imagefolder."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         key, folder = caption_key(list(islice(csv_records(file, path), 20))), os.path.dirname(path)
-    return Source(f"a table (CSV) of pictures and captions ({said_of_captions(key)})", csv_lines(path),
+    return Source(f"a table (CSV) of pictures and captions, {said_of_captions(key)}", csv_lines(path),
                   lambda record, pictures: table_rows(record, key, pictures, folder))
 
 
@@ -464,7 +464,7 @@ def parquet(*paths):
                 yield f"{path} behind row {number}", InputError(f"a damaged table: {cli.first_line(error)}")
 
     told = said_of_captions(columns[paths[0]][1])
-    return Source(f"Parquet tables ({len(paths):,}; {told})", entries(), packed_rows, packed=packed, files=paths)
+    return Source(f"{len(paths):,} Parquet table(s), {told}", entries(), packed_rows, packed=packed, files=paths)
 
 
 def packed_rows(entry, pictures):
@@ -483,8 +483,8 @@ def webdataset(*paths):
     """Tar archives in which the files of a sample follow each other and share the name up to its first dot: a picture,
     its caption as .txt, .text or .caption or within .json (github.com/webdataset/webdataset)."""
     samples = (sample for path in paths for sample in tar_samples(path))
-    return Source(f"webdataset's tar archives ({len(paths):,})", samples, webdataset_rows, paths=False, packed=True,
-                  files=paths)
+    return Source(f"{len(paths):,} tar archive(s), as webdataset has them", samples, webdataset_rows, paths=False,
+                  packed=True, files=paths)
 
 
 def tar_samples(path):
@@ -582,7 +582,7 @@ def imagefolder(paths):
     sources = [(csv_captions if path.endswith(".csv") else json_captions)(path) for path in paths]
     entries = ((where, entry if isinstance(entry, InputError) else (source, entry))
                for source in sources for where, entry in source.entries)
-    return Source(f"Hugging Face's imagefolder ({len(paths):,} table(s); {sources[0].name})", entries,
+    return Source(f"Hugging Face's imagefolder, {len(paths):,} table(s): {sources[0].name}", entries,
                   lambda entry, pictures: entry[0].make(entry[1], pictures), files=tuple(paths))
 
 
@@ -625,7 +625,7 @@ class PictureFolder:
     """
 
     def __init__(self, folder, without):
-        self.folder, self.without = folder, without
+        self.folder, self.without = os.path.normpath(folder), without
         self.subjects, self.pictures, self.alone = {}, 0, 0    # {(folder, subject): [rows]}, and how many pictures
 
     def source(self):
@@ -960,13 +960,13 @@ def main(argv=None):
 
     command = commands.add_parser("import", help=import_rows.__doc__, description=import_rows.__doc__)
     command.set_defaults(run=import_rows)
-    command.add_argument("file", metavar="FILE")
+    command.add_argument("file", metavar="FILE", help="or a folder")
     command.add_argument("--out", metavar="DATA.jsonl", required=True, help="replaced if there")
-    command.add_argument("--image-root", metavar="FOLDER", help="where the pictures lie (default: where FILE says); "
-                         "paths of another machine are matched by their ends")
+    command.add_argument("--image-root", metavar="FOLDER", help="where the pictures lie that FILE names (default: where "
+                         "it says); paths of another machine are matched by their ends")
     command.add_argument("--holdout", type=cli.checked(float, lambda share: 0 <= share < 1, "from 0 to below 1"),
-                         default=0.0, metavar="SHARE", help="rows kept apart for validation, in val-DATA.jsonl beside "
-                         "--out, the same ones each time (default 0)")
+                         default=0.0, metavar="SHARE", help="rows kept apart for validation, those of a picture or a "
+                         "subject together, in val-DATA.jsonl beside --out, the same ones each time (default 0)")
 
     command = commands.add_parser("look", help=look.__doc__, description=look.__doc__)
     command.set_defaults(run=look)
