@@ -626,7 +626,7 @@ class PictureFolder:
 
     def __init__(self, folder, without):
         self.folder, self.without = os.path.normpath(folder), without
-        self.subjects, self.pictures, self.alone = {}, 0, 0    # {(folder, subject): [rows]}, and how many pictures
+        self.subjects, self.pictures, self.alone = {}, 0, 0    # {(folder, subject, its number): [rows]}; how many
 
     def source(self):
         """What it is, by the first pictures that tell; InputError where there are none."""
@@ -649,9 +649,9 @@ class PictureFolder:
             names = {name.lower(): name for name in listed} | {name: name for name in listed}
             for name in filter(is_picture, listed):
                 yield os.path.join(place, name), partial(self.picture, place, name, names)
-        for (place, subject), shown in self.subjects.items():
+        for (place, subject, _), shown in self.subjects.items():
             if len(shown) > 1:
-                yield place, partial(self.pairs, place, subject, shown)
+                yield place, partial(self.paired, place, subject, shown)
 
     def group(self, place, name):
         """What --holdout keeps together; the same wherever the folder lies."""
@@ -679,16 +679,17 @@ class PictureFolder:
         if subject is None:
             self.alone += 1
             return self.group(place, name), rows
-        self.subjects.setdefault((place, subject), []).append(rows[0])
+        number = re.fullmatch(r".*[^\W\d_](\d+)[\W_]+\d+[\W_]*", stem)     # dog2-00 shows another dog than dog-00
+        self.subjects.setdefault((place, subject, number and number[1]), []).append(rows[0])
         return self.group(place, subject), rows
 
-    def pairs(self, place, subject, shown, pictures):
+    def paired(self, place, subject, shown, pictures):
         """-> the subject, its pairs"""
         return self.group(place, subject), list(pairs(subject, shown))
 
     def notes(self):
         """Subjects, and pictures in no pair."""
-        shown = [subject for _, subject in islice(self.subjects, 8)] + ["..."] * (len(self.subjects) > 8)
+        shown = [subject for _, subject, _ in islice(self.subjects, 8)] + ["..."] * (len(self.subjects) > 8)
         yield f"{self.pictures:,} pictures, {len(self.subjects):,} subject(s): {', '.join(shown)}"
         if self.alone:
             yield (f"{self.alone:,} picture(s) are in no pair: their names do not say what they show, as dog-00.jpg "
@@ -962,8 +963,8 @@ def main(argv=None):
     command.set_defaults(run=import_rows)
     command.add_argument("file", metavar="FILE", help="or a folder")
     command.add_argument("--out", metavar="DATA.jsonl", required=True, help="replaced if there")
-    command.add_argument("--image-root", metavar="FOLDER", help="where the pictures lie that FILE names (default: where "
-                         "it says); paths of another machine are matched by their ends")
+    command.add_argument("--image-root", metavar="FOLDER", help="where the pictures lie that FILE names (default: "
+                         "where it says); paths of another machine are matched by their ends")
     command.add_argument("--holdout", type=cli.checked(float, lambda share: 0 <= share < 1, "from 0 to below 1"),
                          default=0.0, metavar="SHARE", help="rows kept apart for validation, those of a picture or a "
                          "subject together, in val-DATA.jsonl beside --out, the same ones each time (default 0)")

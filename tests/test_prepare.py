@@ -518,7 +518,8 @@ def img2dataset(folder):
 
 def subjects(folder):
     for name in ("dog/00.jpg", "dog/01.jpg", "dog/02.jpg", "dog2/00.jpg", "dog2/01.jpg", "clay_vase/00.JPG",
-                 "holiday/IMG_0001.jpg", "holiday/IMG_0002.jpg"):
+                 "holiday/IMG_0001.jpg", "holiday/IMG_0002.jpg", "more/cat-00.jpg",
+                 "more/cat2-00.jpg", "more/cat2_01.jpg"):
         photo(folder / "all" / name)
     put(folder / "all/dog/00.txt", "a dog on grass"), mask(folder / "all/dog/00.mask.png")
     photo(folder / "all/.thumbnails/dog-00.jpg"), photo(folder / "all/__MACOSX/dog-00.jpg")
@@ -576,7 +577,7 @@ LAYOUTS = {   # format: what it is taken for, how many rows come out, how many e
     imagefolder_csv: ('captions in "additional_feature"', {"t2i": 1, "reconstruct": 2}, 0),
     kohya: ("kohya's folders", {"t2i": 2, "reconstruct": 7, "subject": 3}, 0),
     img2dataset: ("img2dataset's folders", {"t2i": 3, "reconstruct": 5}, 0),
-    subjects: ("folders of pictures", {"t2i": 1, "reconstruct": 8, "segment": 1, "recover": 1, "subject": 4}, 0),
+    subjects: ("folders of pictures", {"t2i": 1, "reconstruct": 11, "segment": 1, "recover": 1, "subject": 5}, 0),
     webdataset: ("2 tar archive(s), as webdataset has them", {"t2i": 3, "reconstruct": 3}, 3),
     parquet: ('2 Parquet table(s), captions in "text"', {"t2i": 3, "reconstruct": 3}, 2),
 }
@@ -671,6 +672,7 @@ def test_pairs_are_of_one_subject_in_one_folder(tmp_path):
              if "swapped_text" in row}
     assert pairs == {("all/dog/00.jpg", "all/dog/01.jpg", "dog"), ("all/dog/00.jpg", "all/dog/02.jpg", "dog"),
                      ("all/dog/01.jpg", "all/dog/02.jpg", "dog"), ("all/dog2/00.jpg", "all/dog2/01.jpg", "dog"),
+                     ("all/more/cat2-00.jpg", "all/more/cat2_01.jpg", "cat"),
                      *((f"img/20_sls frog/IMG_{i}.JPG", f"img/20_sls frog/IMG_{j}.JPG", "sls frog")
                        for i, j in ((0, 1), (0, 2), (1, 2)))}
 
