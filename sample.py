@@ -212,7 +212,7 @@ def main(argv=None):
     if args.size and args.size < mentor.config.image_size:
         print(f"size: below the weights' own {mentor.config.image_size} pixels it is a cut-out, as if zoomed in")
     start, size = time.perf_counter(), mentor.check_size(args.size or mentor.config.image_size)
-    common = {"size": size, "dtype": dtype, "weights": args.weights, "lora": args.lora,
+    common = {"size": size, "dtype": dtype, "weights": args.weights, **({"lora": args.lora} if args.lora else {}),
               "prefix_rope": mentor.config.decoder.prefix_rope, **asdict(mentor.config.sampling), **args.sampling}
     if args.prompts:
         draw_list(mentor, args, requests, common, ranks)
