@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -48,27 +48,35 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-def center_square(image, size, rounding=round):
-    """Shorter side to `size` by bicubic resampling, then the central square; rounding: of the longer side's length."""
+def cut_off(image):
+    """What share of an image is not in its central square."""
+    return 1 - min(image.size) / max(image.size)
+
+
+def center_square(image, size, rounding=round, fit="crop"):
+    """Shorter side to `size` by bicubic resampling, then the central square; with fit="pad" the whole image between
+    black bars. rounding: of the longer side's length."""
+    if fit == "pad":
+        image = ImageOps.pad(image, (max(image.size), max(image.size)))
     shorter = min(image.size)
     width, height = (rounding(side * size / shorter) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
 
 
-def clip_pixels(image, size=224):
+def clip_pixels(image, size=224, fit="crop"):
     """PIL RGB image -> (3, size, size) fp32, normalised for CLIP (openai/clip-vit-large-patch14 preprocessing)."""
-    square = center_square(image, size, rounding=int)      # int: as CLIP's published preprocessing truncates
+    square = center_square(image, size, rounding=int, fit=fit)         # int: as CLIP's published preprocessing truncates
     pixels = np.asarray(square, dtype=np.float32) / 255
     pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                         # (3, size, size)
 
 
-def target_pixels(image, size=512):
+def target_pixels(image, size=512, fit="crop"):
     """PIL RGB image -> (3, size, size) fp32 in [-1, 1], what the VQGAN encodes (LlamaGen's centre crop)."""
     while min(image.size) >= 2 * size:                     # box filter first: texture is averaged, not sampled
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    pixels = np.asarray(center_square(image, size), dtype=np.float32) / 127.5 - 1
+    pixels = np.asarray(center_square(image, size, fit=fit), dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                         # (3, size, size)
 
 
@@ -117,8 +125,10 @@ class Processor:
 
     tokenizer: a `tokenizers.Tokenizer` whose `</s>` is 1 and whose pad is 0; `<image>` is added behind its vocabulary
     (id 32100 for FLAN-T5). image_tokens: rows for each image. max_tokens: the prefix length S. image_size: CLIP's c.
-    words: the tokenizer of a query connector, which is told what each image shows; its pad is 0, too.
+    words: the tokenizer of a query connector, which is told what each image shows; its pad is 0, too. `fit`: what
+    becomes of images that are not square, "crop" or "pad".
     """
+    fit = "crop"
 
     def __init__(self, tokenizer, image_tokens=256, max_tokens=512, image_size=224, words=None):
         tokenizer.add_special_tokens([IMAGE])
@@ -143,7 +153,7 @@ class Processor:
         padded[:len(ids)] = torch.tensor(ids)
         refs = torch.empty(len(images), 3, self.image_size, self.image_size)
         for i, image in enumerate(images):
-            refs[i] = clip_pixels(image, self.image_size)
+            refs[i] = clip_pixels(image, self.image_size, self.fit)
         read = {"prompt": prompt, "ids": padded, "mask": torch.arange(self.max_tokens) < len(ids), "refs": refs}
         return read | {"words": self.words_of(subjects, len(images))} if self.words else read
 
@@ -449,15 +459,17 @@ class TaskData(Dataset):
         self.planned = None, None                                    # (epoch, its plan)
 
     def check(self, paths, present):
-        """Raises InputError where a task has no row to be learned from."""
+        """Leaves out the tasks without a row, and names them in `lacking`; InputError where none is left."""
         if "caption" in self.tasks and len(self.tasks) > 1:
             raise InputError("captioning has labels in place of a target picture; give no other task beside it")
-        lacking = [task for task in self.tasks if not len(self.entries[task])]
-        if self.tasks and not lacking:
+        self.lacking = [task for task in self.tasks if not len(self.entries[task])]
+        self.entries = {task: entries for task, entries in self.entries.items() if task not in self.lacking}
+        if self.entries:
+            self.tasks = list(self.entries)
             return
         counts = [f"{np.sum(self.rows.table['task'] == KINDS[task])} {task}" for task in present]
-        message = (f"{', '.join(map(str, paths))}: no row for {' and '.join(lacking) or 'any task'}; add some or leave "
-                   f"the task out (train.py --without); they have {', '.join(counts) or 'no usable row'}")
+        message = (f"{', '.join(map(str, paths))}: no row for {' or '.join(self.lacking) or 'any task'}; they have "
+                   f"{', '.join(counts) or 'no usable row'}")
         if self.problems:
             message += f"; first problem: {self.problems[0]}"
         raise InputError(message)
@@ -527,6 +539,9 @@ class TaskData(Dataset):
         doubts = []
         # recovery is painted at twice the size, for CLIP's preprocessing to average
         prompt, images, target = compose(task, row, swapped, rng, doubts, background, 2 * self.processor.image_size)
+        fit = self.processor.fit
+        if fit == "crop" and any(cut_off(image) > 1 / 3 for image in images):
+            doubts.append("of some references the central square leaves out more than a third; --fit pad shows all")
         sample = {"task": task, "name": row.name, "key": row.key * 2 + int(swapped), "problems": problems,
                   "doubts": doubts}
         sample |= self.processor(prompt, images, subjects)
@@ -535,7 +550,8 @@ class TaskData(Dataset):
         elif self.codes and task in TASKS:
             sample["tokens"] = self.codes[sample["key"]]
         else:
-            sample["target"] = target_pixels(target(), self.image_size)
+            aligned = task in ("reconstruct", "segment")       # the target lies where the reference does
+            sample["target"] = target_pixels(target(), self.image_size, fit if aligned else "crop")
         return sample
 
     def __getitem__(self, k):

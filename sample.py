@@ -53,6 +53,8 @@ def parse(argv):
     what.add_argument("--ref", action="append", default=[], metavar="IMAGE", help="a reference; repeat for several")
     what.add_argument("--subject", action="append", default=[], metavar="NAME",
                       help="what a reference shows, in order of --ref; default: its file's name")
+    what.add_argument("--fit", choices=["crop", "pad"], default="crop", help="of references that are not square the "
+                      "centre, as in training (default), or all between black bars")
     what.add_argument("--task", choices=["segment", "reconstruct"], help="instead of drawing it anew")
     what.add_argument("--n", type=cli.checked(int, lambda n: 0 < n <= 1000, "a whole number from 1 to 1000"),
                       help="images (default 1, for GenEval 4); several of one --prompt get a contact sheet")
@@ -116,10 +118,14 @@ def save_all(images, out, settings):
     print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
 
 
-def read(processor, request):
-    """A request and its references -> what the network reads; InputError names a list's line."""
+def read(processor, request, log=None):
+    """A request and its references -> what the network reads; InputError names a list's line. log: is told of crops"""
     try:
-        return processor(request.prompt, list(map(data.open_image, request.refs)), request.subjects)
+        images = list(map(data.open_image, request.refs))
+        for path, image in zip(request.refs, images if log and processor.fit == "crop" else ()):
+            if data.cut_off(image) > 1 / 3:
+                log(f"{path}: the central square leaves out {data.cut_off(image):.0%} of it; --fit pad shows all")
+        return processor(request.prompt, images, request.subjects)
     except InputError as error:
         raise InputError(f"{request.where}{error}") from None
 
@@ -128,6 +134,7 @@ def requests_of(args):
     """What the flags or each line of --prompts ask for, all filled in, the prompt as the network reads it."""
     requests = cli.read_prompts(args.prompts) if args.prompts else [Request(args.prompt, args.ref, args.subject)]
     processor = data.Processor(weights.byte_tokenizer(), image_tokens=1, max_tokens=1 << 16, image_size=32)
+    processor.fit = args.fit
     for i, request in enumerate(requests):
         prompt, seed = request.prompt, request.seed
         task = "subject" if args.prompts and request.refs else args.task
@@ -136,7 +143,7 @@ def requests_of(args):
             prompt = data.prompt_for(task, subjects, prompt)
         requests[i] = replace(request, prompt=prompt, seed=args.seed if seed is None else seed, n=request.n or args.n,
                               subjects=() if task == "reconstruct" else subjects)
-        read(processor, requests[i])           # finds all problems but too many tokens, before the model is loaded
+        read(processor, requests[i], print)    # finds all problems but too many tokens, before the model is loaded
     return requests
 
 
@@ -193,6 +200,7 @@ def main(argv=None):
     # the model
     mentor = weights.load(args.weights, device, weights.DTYPES[dtype], prefix_rope=args.prefix_rope,
                           offload=args.offload, lora=args.lora)
+    mentor.processor.fit = args.fit
     if args.subject and data.IMAGE in args.prompt and not mentor.processor.words:
         raise InputError("--subject would have no effect here, because only a query connector reads it; leave it out")
     if args.weights == "tiny":
@@ -212,8 +220,9 @@ def main(argv=None):
     if args.size and args.size < mentor.config.image_size:
         print(f"size: below the weights' own {mentor.config.image_size} pixels it is a cut-out, as if zoomed in")
     start, size = time.perf_counter(), mentor.check_size(args.size or mentor.config.image_size)
-    common = {"size": size, "dtype": dtype, "weights": args.weights, **({"lora": args.lora} if args.lora else {}),
-              "prefix_rope": mentor.config.decoder.prefix_rope, **asdict(mentor.config.sampling), **args.sampling}
+    common = {"size": size, "dtype": dtype, "weights": args.weights, "prefix_rope": mentor.config.decoder.prefix_rope, **asdict(mentor.config.sampling), **args.sampling}
+    common |= {name: getattr(args, name) for name, usual in (("lora", None), ("fit", "crop"))
+               if getattr(args, name) != usual}
     if args.prompts:
         draw_list(mentor, args, requests, common, ranks)
         return ranks.leave()

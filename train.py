@@ -124,6 +124,7 @@ def make_parser(stages, description):
     what.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix")
     what.add_argument("--prefix-tokens", type=cli.positive_int, help="room for so many prefix rows, if not more")
     what.add_argument("--size", type=cli.positive_int, help="pixels a side of the targets; default: the weights' own")
+    what.add_argument("--trains", nargs="+", choices=PARTS, help="parts that are trained")
     what.add_argument("--without", action="append", default=[], metavar="TASK", help="leave a task out; repeat")
     source = parser.add_argument_group("data (default: data/STAGE/*.jsonl, else data/*.jsonl)")
     source.add_argument("--data", action="append", metavar="JSONL", help="rows to learn from; repeat for several")
@@ -131,6 +132,8 @@ def make_parser(stages, description):
     source.add_argument("--backgrounds", action="append", metavar="JSONL",
                         help="images for the recovery task; default: backgrounds.jsonl there")
     source.add_argument("--codes", metavar="FOLDER", help="what `prepare.py encode` made of --data")
+    source.add_argument("--fit", choices=["crop", "pad"], default="crop", help="of pictures that are not square the "
+                        "centre (default), or all between black bars")
     source.add_argument("--workers", type=cli.natural, default=2, help="processes that load images, per rank")
     how = parser.add_argument_group("how long and how fast (default: as the stage's row says)")
     how.add_argument("--steps", type=cli.positive_int, help="optimizer steps, instead of epochs")
@@ -161,10 +164,10 @@ def override(stage, args):
     """The stage's row with what the command line gives in its place."""
     if args.epochs:
         stage = replace(stage, steps=None)
-    for name in ("init", "global_batch", "lr", "epochs", "steps", "prefix_tokens", "prefix_rope"):
+    for name in ("trains", "init", "global_batch", "lr", "epochs", "steps", "prefix_tokens", "prefix_rope"):
         value = getattr(args, name)
         if value is not None:
-            stage = replace(stage, **{name: value})
+            stage = replace(stage, **{name: tuple(value) if name == "trains" else value})
     unknown = sorted(set(args.without) - set(stage.tasks))
     if unknown:
         raise InputError(f"--without {' '.join(unknown)}: stage {args.stage} has no such task; its tasks are "
@@ -364,9 +367,13 @@ def task_data(args, stage, mentor, log):
     options = {"processor": mentor.processor, "image_size": mentor.config.image_size}
     extra = options | {"seed": args.seed, "backgrounds": args.backgrounds or ()}
     codes = weights.Codes(args.codes, mentor.vqgan, mentor.config.image_size) if args.codes else None
+    if args.codes and args.fit == "pad":
+        raise InputError("--codes were made of central squares; leave out --fit pad, or --codes")
     train = data.TaskData(args.data, weights=stage.tasks, codes=codes, **extra)
     for problem in train.problems:
         log(f"skipped {problem}")
+    if train.lacking:
+        log(f"left out, because there are no rows for it: {', '.join(train.lacking)}")
     if not args.val:
         shown = copy.copy(train)
         shown.codes = None                     # sheets show pixels
@@ -663,6 +670,7 @@ def make_run(args, stage, ranks, log, make_objective, make_data, optimizers_of, 
     if not args.lora:
         untrained = tuple(part for part in mentor.config.untrained if not part.startswith(stage.trains))
         mentor.config = replace(mentor.config, untrained=untrained)
+    mentor.processor.fit = args.fit
     train, val, shown = make_data(args, stage, mentor, log)
     micro, accum, steps = batch_arithmetic(args, stage, mentor, ranks, len(train))
 

@@ -1106,9 +1106,9 @@ class Stack(NamedTuple):
     kept: int                  # all, its input included
 
 
-def room(*modules):
-    """Bytes of the parameters."""
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+def room(itemsize, *modules):
+    """Bytes of the parameters, of which none is smaller than itemsize."""
+    return sum(p.numel() * max(p.element_size(), itemsize) for module in modules for p in module.parameters())
 
 
 def matrices(*modules):
@@ -1209,7 +1209,7 @@ def training_memory(mentor, trains, ranks, way, itemsize=2):
     trains: as a stage's row names it. itemsize: bytes of a number in a product, 2 under bf16 autocast, else 4. Of a
     stage that trains a tokenizer no activations are counted.
     """
-    shards, total = ranks if way.fsdp else 1, room(mentor)
+    shards, total = ranks if way.fsdp else 1, room(itemsize, mentor)
     if mentor.adapter:
         trains = tuple(part for part in trains if part in ("encoder.t5", "decoder"))
     trained = sum(p.numel() for name, p in mentor.named_parameters()
@@ -1218,8 +1218,9 @@ def training_memory(mentor, trains, ranks, way, itemsize=2):
     if "vqgan" not in trains:
         passed, outside, block = stacks(mentor, trains, itemsize), 0, 0
         if shards > 1:         # what FSDP gathers: all that lies outside of blocks, and the block at hand
-            outside = total - room(*mentor.encoder.clip.blocks, *connector_blocks(mentor), *trainable_blocks(mentor))
-            block = max(room(stack.blocks[0]) for stack in passed)
+            outside = total - room(itemsize, *mentor.encoder.clip.blocks, *connector_blocks(mentor),
+                                   *trainable_blocks(mentor))
+            block = max(room(itemsize, stack.blocks[0]) for stack in passed)
         copies, kept = kept_for_backward(mentor, trains, passed, itemsize, way.recomputed)
         # recomputing it, the next is gathered already and the gradients of the last are on their way
         backward = {"bf16 copies": copies, "activations": way.micro * kept,
@@ -1234,14 +1235,15 @@ def training_memory(mentor, trains, ranks, way, itemsize=2):
 
 SPARE = 8e9 / 2**30        # GiB of a card left for what the formula does not know: CUDA, workspaces, NCCL's buffers
 CARDS = {80: 79.1, 40: 39.4, 24: 23.6, 16: 15.6}               # GB as cards are sold: GiB that CUDA finds there
+MACS = (16, 32, 64)                            # GiB of their memory
 LAYOUTS_OF_A_STEP = [Way(fsdp, recomputed) for recomputed in (False, True) for fsdp in (False, True)]
 
 
-def way_to_fit(mentor, trains, ranks, card, sizes):
-    """The first way that leaves a card of so many GiB 8 GB free. sizes: micro-batches to try. -> Way or None"""
+def way_to_fit(mentor, trains, ranks, card, sizes, spare=SPARE, itemsize=2):
+    """The first way that leaves `spare` of a card's GiB free. sizes: micro-batches to try. -> Way or None"""
     for way in LAYOUTS_OF_A_STEP:
         for way in [way._replace(micro=micro) for micro in sizes if ranks > 1 or not way.fsdp]:
-            if sum(training_memory(mentor, trains, ranks, way).values()) + SPARE <= card:
+            if sum(training_memory(mentor, trains, ranks, way, itemsize).values()) + spare <= card:
                 return way
     return None
 
@@ -1270,6 +1272,9 @@ def memory_table(mentor, trains, ranks, sizes=(8, 4, 2, 1)):
         lines.append(f"{str(way):36}" + "".join(f"{sum(rows.values()):8.1f}" for rows in needs))
     for card, gib in CARDS.items():
         lines.append(f"{card} GB, 8 of them free: {way_to_fit(mentor, trains, ranks, gib, sizes) or 'nothing fits'}")
+    for memory in MACS:                        # in fp32; MPS hands out about three quarters of the memory
+        way = way_to_fit(mentor, trains, 1, 0.75 * memory, sizes, spare=0, itemsize=4)
+        lines.append(f"a Mac of {memory} GB, --device mps: {way or 'nothing fits'}")
     return "\n".join(lines)
 
 
