@@ -13,6 +13,7 @@ import platform
 import re
 import reprlib
 import secrets
+import shlex
 import shutil
 import signal
 import stat
@@ -748,14 +749,33 @@ def captioned(images, text, places, side=144, lines=4):
     return canvas
 
 
+# words of file and folder names that do not say what a picture shows
+UNTELLING = set("""
+    img imgs image images pic pics picture pictures photo photos my new the of at and copy edited e crop final
+    frame scan screenshot untitled unnamed download downloads file files out data dataset datasets train val
+    valid test dcim mvimg pxl vid dsc dscn dscf dji gopr gp sam imgp mg p cam camera whatsapp wa wp signal fb
+    telegram jpg jpeg png tmp coco voc ade ilsvrc imagenet n sa cc gcc sbu laion flickr lsun ffhq celeba subset
+    part shard sample samples sks""".split())
+
+
+def telling_words(name):
+    """The words of a name if they tell what a picture shows, else ""."""
+    words = re.sub(r"[\W\d_]+", " ", name).lower().split()
+    told = not UNTELLING.issuperset(words) and not re.fullmatch("[0-9a-f-]{16,}", name.lower())
+    return " ".join(words) if told else ""
+
+
 def subject_of(path):
-    """What an image's file name says it shows, or else its folder's: boot-03.jpg, boot/03.jpg -> "boot"."""
-    folder, name = os.path.split(os.path.abspath(path))
-    for text in (os.path.splitext(name)[0], os.path.basename(folder)):
-        words = re.sub(r"[\W\d_]+", " ", text).strip().lower()
-        if words:
-            return words
-    return "subject"
+    """What a picture's name says it shows, or its folder's where the name is a short number: dog-00.jpg, vase/00.jpg.
+    Of 10_dog/any.jpg the folder's, as kohya's trainers read it, unless its pictures are for regularisation: reg/1_dog.
+    None where neither tells, as with the names of cameras and data sets. Folders count as given: "." is no name."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    parent, folder = os.path.split(os.path.normpath(os.path.dirname(path)))
+    repeated = re.match(r"\d{1,3}_", folder)
+    if repeated and re.match(r"reg(ulari[sz]ation)?([-_ ]|$)", os.path.basename(parent), re.IGNORECASE):
+        return None
+    by_folder = telling_words(folder) if repeated or re.fullmatch(r"\d{1,5}", stem) else ""
+    return by_folder or telling_words(stem) or None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -857,6 +877,29 @@ NOT_LINES = (    # how files begin that are given in place of JSON lines; BEGINN
     (rb"[^{\0\n]*[,;\t][^{\0\n]*\n[^{\0\n]*(\n|$)", "a table (CSV, TSV) or other text"))
 
 
+OURS, HEAD = "MENTOR's JSON lines", 1 << 16
+FORMATS = (      # training data that `prepare.py import` reads, and how its first HEAD bytes look
+    (OURS, rb'\s*\{.*"(source_image|input_image|image_path|input_text)"\s*:'),
+    ("X2I's JSON lines", rb'\s*\{.*"output_image"\s*:'),
+    ("LLaVA's JSON array", rb'\s*\[\s*\{.*"conversations"\s*:'),
+    ("LLaVA's JSON lines", rb'\s*\{.*"conversations"\s*:'),
+    ("COCO's captions", rb'\s*\{.*"(images|annotations)"\s*:\s*\[\s*\{'),
+    ("JSON lines of pictures and captions", rb'\s*\{.*"(file_name|filename|image)"\s*:'),
+    ("a table (CSV) of pictures and captions", rb'(?=[^\n]*,)([^\n{\[]*,)?"?(file_name|filename|image)"?(,|\r?\n)'),
+    ("a Parquet table", rb"PAR1"),
+    ("a tar archive, as webdataset has them", rb".{257}ustar"))
+
+
+def training_format(path):
+    """Which of FORMATS a file is, or "a folder"; None where it is none of them, InputError where it cannot be read."""
+    if os.path.isdir(path):
+        return "a folder"
+    check_file(path, "training data")
+    with open(path, "rb") as file:
+        head = file.read(HEAD).removeprefix(b"\xef\xbb\xbf")
+    return next((name for name, pattern in FORMATS if re.match(pattern, head, re.DOTALL)), None)
+
+
 LONGEST = 1 << 20          # bytes of a line
 decode_json = json.JSONDecoder().raw_decode    # json.loads takes longer
 half_a_letter = re.compile("[\ud800-\udfff]").search           # of an emoji
@@ -907,6 +950,10 @@ class JsonLines:
 
     def index(self, path, keep):
         """Yields a row of the table for each usable line of a file."""
+        foreign = os.path.exists(path) and training_format(path)
+        if foreign and foreign != OURS:
+            raise InputError(f"{path}: is {foreign}; make {OURS} of it: "
+                             f"python prepare.py import {shlex.quote(str(path))} --out data.jsonl")
         head, start = check_file(path, "JSON lines").removeprefix(b"\xef\xbb\xbf"), 0
         kind = next((what for beginning, what in NOT_LINES if re.match(beginning, head)), None)
         if not kind and not head.lstrip().startswith(b"{"):

@@ -19,7 +19,8 @@ paths are absolute or relative to the file's folder:
     icl          the same with "in_context": true, the list being input, output, input, output, ..., query: pairs that
                  show by example what is to be done with the query; the prompt names all in order, or is made so
 
-`python prepare.py folder my_photos` writes such a file, assets/example holds a small one of every task.
+`python prepare.py folder my_photos` writes such a file, `import` makes one of other formats (X2I's, LLaVA's, COCO's,
+img2dataset's, ...), assets/example holds a small one of every task.
 
 Shape letters: S prefix rows, T image tokens, K reference images of a batch, c their pixels a side.
 Next: `encoder.py` turns these tensors into the rows that the decoder reads.

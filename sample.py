@@ -130,7 +130,7 @@ def requests_of(args):
     for i, request in enumerate(requests):
         prompt, seed = request.prompt, request.seed
         task = "subject" if args.prompts and request.refs else args.task
-        subjects = request.subjects or list(map(cli.subject_of, request.refs))
+        subjects = request.subjects or [cli.subject_of(os.path.abspath(path)) or "subject" for path in request.refs]
         if data.IMAGE not in prompt:           # else it is taken as it is
             prompt = data.prompt_for(task, subjects, prompt)
         requests[i] = replace(request, prompt=prompt, seed=args.seed if seed is None else seed, n=request.n or args.n,

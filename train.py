@@ -193,7 +193,7 @@ def parse(argv):
         args.out = args.out or EXAMPLE_OUT
     if not args.data:
         raise InputError(f"there is nothing to learn from; put JSON lines into data/{args.stage}/ or data/, or name "
-                         f"them by --data (python prepare.py folder makes such a file of your images)")
+                         f"them by --data (python prepare.py import makes such a file of images and of others' data)")
     args.out = args.out or os.path.join("out", "mentor", args.stage)
     return args, override(EXAMPLE if example else STAGES[args.stage], args), example
 
