@@ -231,8 +231,8 @@ def bench_encode(config, args, device, dtype):
 
 @torch.inference_mode()
 def bench_prefix(config, args, device, dtype):
-    """From reference images to the first token with an MLP and with the query connector, which makes the prefix shorter:
-    CLIP and connector, T5, the decoder's prefill for one image with guidance."""
+    """From reference images to the first token with an MLP and with the query connector, which makes the prefix
+    shorter: CLIP and connector, T5, the decoder's prefill for one image with guidance."""
     decoder, rows = build(lambda: Decoder(config.decoder, config.vision.grid), device, dtype), []
     use_fast_products(decoder)
     side, sequences = config.vision.image_size, 2 if args.guidance else 1

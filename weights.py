@@ -971,8 +971,9 @@ def link(source, target):
             shutil.copyfile(source, temporary)
 
 
-def publish(folder, out):
-    """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works.
+def publish(folder, out, keep=None):
+    """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works, then removes
+    older checkpoints but for the newest `keep` in all.
 
     Several files cannot be replaced in one step. But all checkpoints of a run share configuration and tokenizers, so
     these stay and model.safetensors alone is replaced. Where they differ, the old config.json, without which nothing
@@ -989,6 +990,9 @@ def publish(folder, out):
             os.remove(os.path.join(out, "config.json"))
     for name in ("model.safetensors", *changed):
         link(os.path.join(folder, name), os.path.join(out, name))
+    older = [other for other in cli.checkpoints(out) if other < folder]
+    for other in older[keep - 1:] if keep else ():
+        shutil.rmtree(other)
 
 
 def fingerprint(vqgan):
