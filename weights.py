@@ -2,8 +2,8 @@
 
 The public files of MENTOR, LlamaGen, CLIP, FLAN-T5, and LLaVA's and InstructBLIP's connectors are recognised by the
 tensors in them and read under the names that their authors gave (CLIP_NAMES, T5_NAMES, QUERY_NAMES; LAYOUTS says which
-parts of our model each file fills). A folder written by `save` is read the same way, with our
-own names. Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
+parts of our model each file fills). A folder written by `save` is read the same way, with our own names. Nothing is
+copied where a file can be memory-mapped, and no pickle gets to run code.
 
     mentor = weights.load("tiny")                    # or "mentor", "random", a folder, a hub repository
     python weights.py convert mentor out/mentor      # public files, downloaded if need be -> one folder of safetensors
@@ -14,6 +14,7 @@ import argparse
 import filecmp
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -523,8 +524,8 @@ def with_connector(config, form):
     where that is narrower than BERT."""
     t5, query = config.t5, replace(QueryConfig(), vocab_size=config.t5.vocab_size)
     if t5.width < query.width:
-        query = replace(query, width=t5.width, layers=4, heads=t5.heads, mlp=t5.mlp, positions=64, queries=16,
-                        dropout=t5.dropout)
+        query = replace(query, width=t5.width, layers=4, heads=math.gcd(t5.width, t5.heads), mlp=t5.mlp, positions=64,
+                        queries=16, dropout=t5.dropout)
     return replace(config, connector=form, query=query)
 
 
