@@ -34,7 +34,7 @@ from torch import nn
 
 import cli
 from cli import InputError
-from data import CAPTION_TOKENS, IMAGE
+from data import CAPTION_TOKENS, IMAGE, NAME_TOKENS
 from encoder import CONNECTORS, QueryConfig, make_connector
 from model import PARTS, SIZES, Mentor, MentorConfig, Sampling
 from rope2d import PREFIX_ROPE
@@ -524,8 +524,8 @@ def with_connector(config, form):
     where that is narrower than BERT."""
     t5, query = config.t5, replace(QueryConfig(), vocab_size=config.t5.vocab_size)
     if t5.width < query.width:
-        query = replace(query, width=t5.width, layers=4, heads=math.gcd(t5.width, t5.heads), mlp=t5.mlp, positions=64,
-                        queries=16, dropout=t5.dropout)
+        query = replace(query, width=t5.width, layers=4, heads=math.gcd(t5.width, t5.heads), mlp=t5.mlp,
+                        positions=NAME_TOKENS, queries=16, dropout=t5.dropout)
     return replace(config, connector=form, query=query)
 
 
@@ -597,6 +597,7 @@ def read_config(path):
         (vision.width % vision.heads == 0, "vision.heads must divide vision.width"),
         (vision.image_size % vision.patch_size == 0, "vision.patch_size must divide vision.image_size"),
         (query.width % query.heads == 0, "query.heads must divide query.width"),
+        (query.positions >= NAME_TOKENS, f"query.positions must be at least {NAME_TOKENS}"),
         (config.connector != "query" or decoder.prefix_rope != "grid", "a query connector's rows have no place in the "
          "image, so decoder.prefix_rope cannot be grid"),
         (decoder.width % (4 * decoder.heads) == 0, "decoder.width must be a multiple of 4 x decoder.heads"),
