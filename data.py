@@ -41,6 +41,7 @@ from cli import InputError, open_image, open_mask
 
 IMAGE = "<image>"          # in a prompt: here stands a reference image
 WHOLE = "whole image"      # what the query connector looks for where no subject is named
+NAME_TOKENS = 64           # of a subject's name; of a longer one the connector reads the beginning
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -175,7 +176,7 @@ class Processor:
         if not all(subject.strip() for subject in subjects):
             raise InputError("the name of a subject is empty, and the query connector reads it; name what the picture "
                              "shows")
-        return pad_rows([torch.tensor([self.words.encode(subject).ids]) for subject in subjects])
+        return pad_rows([torch.tensor([self.words.encode(subject).ids[:NAME_TOKENS]]) for subject in subjects])
 
 
 def pad_rows(parts):

@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -495,11 +494,7 @@ def save_checkpoint(run, step, name=None):
 
 def publish(run, step):
     """Links the model of the checkpoint after `step` into out/ and removes older checkpoints that are too many."""
-    newest = os.path.join(run.args.out, f"step-{step:08}")
-    weights.publish(newest, run.args.out)
-    older = [folder for folder in cli.checkpoints(run.args.out) if folder < newest]
-    for folder in older[run.args.keep - 1:]:
-        shutil.rmtree(folder)
+    weights.publish(os.path.join(run.args.out, f"step-{step:08}"), run.args.out, run.args.keep)
 
 
 def restore(model, optimizers, tensors):

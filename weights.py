@@ -2,8 +2,8 @@
 
 The public files of MENTOR, LlamaGen, CLIP, FLAN-T5, and LLaVA's and InstructBLIP's connectors are recognised by the
 tensors in them and read under the names that their authors gave (CLIP_NAMES, T5_NAMES, QUERY_NAMES; LAYOUTS says which
-parts of our model each file fills). A folder written by `save` is read the same way, with our
-own names. Nothing is copied where a file can be memory-mapped, and no pickle gets to run code.
+parts of our model each file fills). A folder written by `save` is read the same way, with our own names. Nothing is
+copied where a file can be memory-mapped, and no pickle gets to run code.
 
     mentor = weights.load("tiny")                    # or "mentor", "random", a folder, a hub repository
     python weights.py convert mentor out/mentor      # public files, downloaded if need be -> one folder of safetensors
@@ -14,6 +14,7 @@ import argparse
 import filecmp
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -34,7 +35,7 @@ from torch import nn
 import cli
 import lora as adapters
 from cli import InputError
-from data import CAPTION_TOKENS, IMAGE
+from data import CAPTION_TOKENS, IMAGE, NAME_TOKENS
 from encoder import CONNECTORS, QueryConfig, make_connector
 from model import PARTS, SIZES, Mentor, MentorConfig, Sampling
 from rope2d import PREFIX_ROPE
@@ -525,8 +526,8 @@ def with_connector(config, form):
     where that is narrower than BERT."""
     t5, query = config.t5, replace(QueryConfig(), vocab_size=config.t5.vocab_size)
     if t5.width < query.width:
-        query = replace(query, width=t5.width, layers=4, heads=t5.heads, mlp=t5.mlp, positions=64, queries=16,
-                        dropout=t5.dropout)
+        query = replace(query, width=t5.width, layers=4, heads=math.gcd(t5.width, t5.heads), mlp=t5.mlp,
+                        positions=NAME_TOKENS, queries=16, dropout=t5.dropout)
     return replace(config, connector=form, query=query)
 
 
@@ -598,6 +599,7 @@ def read_config(path):
         (vision.width % vision.heads == 0, "vision.heads must divide vision.width"),
         (vision.image_size % vision.patch_size == 0, "vision.patch_size must divide vision.image_size"),
         (query.width % query.heads == 0, "query.heads must divide query.width"),
+        (query.positions >= NAME_TOKENS, f"query.positions must be at least {NAME_TOKENS}"),
         (config.connector != "query" or decoder.prefix_rope != "grid", "a query connector's rows have no place in the "
          "image, so decoder.prefix_rope cannot be grid"),
         (decoder.width % (4 * decoder.heads) == 0, "decoder.width must be a multiple of 4 x decoder.heads"),
@@ -1029,8 +1031,9 @@ def link(source, target):
             shutil.copyfile(source, temporary)
 
 
-def publish(folder, out):
-    """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works.
+def publish(folder, out, keep=None):
+    """Links the model's files of a checkpoint into out/, so that `sample.py --weights out` always works, then removes
+    older checkpoints but for the newest `keep` in all.
 
     Several files cannot be replaced in one step. But all checkpoints of a run share configuration and tokenizers, so
     these stay and model.safetensors alone is replaced. Where they differ, the old config.json, without which nothing
@@ -1048,6 +1051,9 @@ def publish(folder, out):
     model = ADAPTER if os.path.exists(os.path.join(folder, ADAPTER)) else "model.safetensors"
     for name in (model, *changed):
         link(os.path.join(folder, name), os.path.join(out, name))
+    older = [other for other in cli.checkpoints(out) if other < folder]
+    for other in older[keep - 1:] if keep else ():
+        shutil.rmtree(other)
 
 
 def fingerprint(vqgan):

@@ -322,12 +322,12 @@ def test_losses_are_the_cross_entropy_of_every_token_given_those_before_it():
 @pytest.mark.parametrize("connector", ["released", "query"])
 def test_the_number_of_pictures_may_vary_inside_a_batch(connector):
     torch.manual_seed(0)
-    query = QueryConfig(32, 2, 4, 48, vocab_size=264, positions=16, queries=6)
+    query = QueryConfig(32, 2, 4, 48, vocab_size=264, positions=64, queries=6)
     config = replace(TINY, connector=connector, query=query, prefix_tokens=96)
     model = Mentor(config, weights.byte_tokenizer()).eval()
     torch.nn.init.normal_(model.decoder.output.weight)
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 30, 3), dtype=np.uint8)) for i in range(4)]
-    samples, words = [], ["one", "two and", "three", "four"]
+    samples, words = [], ["one", "two and", "three " * 40, "four"]
     for n in (0, 4, 1, 2):
         samples.append(model.processor("<image> " * n, images[:n], words[:n]) | {"tokens": torch.arange(36)})
         assert (samples[-1]["ids"] == 259).sum() == model.encoder.image_tokens * n

@@ -128,7 +128,7 @@ def test_a_mentor_checkpoint_loads_completely(tmp_path, bare):
     assert same(model, load(write_folder(tmp_path, model, ["mentor", "vqgan"], bare)))
 
 
-WITH_QUERIES = replace(TINY, connector="query", query=QueryConfig(32, 2, 2, 48, 120, 16, 4, dropout=0.0))
+WITH_QUERIES = replace(TINY, connector="query", query=QueryConfig(32, 2, 2, 48, 120, 64, 4, dropout=0.0))
 
 
 def query_model(config=WITH_QUERIES, seed=0):
@@ -150,7 +150,7 @@ def test_query_connectors_load_under_the_releases_and_instructblips_names(tmp_pa
     model.processor.words.save(f"{folder}/{weights.WORDS}")
     if "connector" in kinds:                   # as in InstructBLIP's file, which holds its other networks too
         extra = {"vision_model.encoder.layers.0.self_attn.qkv.bias": torch.zeros(6), "language_model.shared.weight":
-                 torch.zeros(2, 2), "qformer.embeddings.position_ids": torch.arange(16)[None]}
+                 torch.zeros(2, 2), "qformer.embeddings.position_ids": torch.arange(64)[None]}
         torch.save(torch.load(f"{folder}/connector.bin") | extra, f"{folder}/connector.bin")
     loaded = weights.load(folder, config=WITH_QUERIES)
     assert same(model, loaded) and not loaded.config.untrained

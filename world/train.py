@@ -84,6 +84,9 @@ class PretrainObjective(TokenObjective):
     def __init__(self, mentor):
         super().__init__(mentor)
         config = mentor.config
+        if config.connector == "query":
+            raise InputError("stage pretrain names the tokens under each patch, which a query connector does not tell "
+                             "apart; give --connector query to a later stage")
         if config.grid % config.vision.grid:
             raise InputError(f"--size {config.image_size} gives {config.grid} tokens a side for {config.vision.grid} "
                              f"patches; take a multiple of {config.vision.grid * config.vqgan.factor}")
@@ -186,6 +189,8 @@ def load_start(args, stage, log):
     if stage.init != "random":
         return train.load_start(args, stage, log, command="-m world.train")
     config = weights.override(SMALL, stage.prefix_rope, stage.prefix_tokens)
+    if args.connector:
+        config = weights.with_connector(config, args.connector)
     return weights.resize(weights.random_model(config, small_tokenizer(), args.seed), args.size)
 
 
