@@ -45,6 +45,7 @@ SLACK = 0.01                 # of a side: so far out of the picture may a box re
 SMALL, FULL, OUTSIDE = 0.03, 0.98, 0.1       # least and most of its box that a mask covers; most of it outside the box
 MAX_PICTURE = 64 << 20       # bytes of an HTTP answer with a picture
 SHOWN = 24                   # pictures, and pairs, on the sheet
+STEPS = ("batches of prompts", "synthetic pictures", "captions", "lists of objects", "boxes", "masks", "pairs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ looks, because they will be shown. If the pictures have no subject in common, th
 {{"subject": "...", "prompts": ["of the first picture", "of the second"]}}"""
 PROMPTS = f"""Write %d prompts for a text-to-image model, numbers %d to %d of a long list. Each asks for a picture with
 two or three distinct, wholly visible things, one of which is %s, in a definite place and light. Vary things, places,
-angles and styles as much as you can; most are photographs. One sentence each.{JSON_ALONE}{{"prompts": ["...", "..."]}}"""
+angles and styles as you can; most are photographs. One sentence each.{JSON_ALONE}{{"prompts": ["...", "..."]}}"""
 THEMES = ("an animal", "a toy", "a dish or fruit", "a vehicle", "a piece of clothing", "furniture", "a plant", "a tool",
           "a musical instrument", "a piece of pottery", "a person at work", "something for sports")
 AT_ONCE = 10                 # prompts that are asked for together
@@ -119,9 +120,13 @@ class Store:
         if self.closed:
             raise CancelledError
         answer = make()
-        with self.lock, open(self.path, "ab") as file:
-            file.write(json.dumps({"key": key, "about": about, "answer": answer}).encode() + b"\n")
-            return self.known.setdefault(key, answer)          # the first, if two threads asked the same
+        try:
+            with self.lock, open(self.path, "ab") as file:
+                file.write(json.dumps({"key": key, "about": about, "answer": answer}).encode() + b"\n")
+                return self.known.setdefault(key, answer)      # the first, if two threads asked the same
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, then give the same "
+                             "command again") from None
 
     def each(self, function, items, step):
         """Yields what the function returns of each item, counted under `step`; what it rejects is counted too."""
@@ -211,12 +216,10 @@ class Painter(Endpoint):
 
     def paint(self, prompt, size):
         """Asks once. size: "512x512". -> PIL RGB"""
-        body = {"model": self.model, "prompt": prompt, "n": 1, "size": size, "response_format": "b64_json"}
+        answer = self.post({"model": self.model, "prompt": prompt, "n": 1, "size": size,
+                            "response_format": "b64_json"}, MAX_PICTURE)
         try:
-            content = base64.b64decode(self.post(body, MAX_PICTURE)["data"][0]["b64_json"])
-            return cli.to_rgb(Image.open(io.BytesIO(content)))
-        except Refused:
-            raise
+            return cli.to_rgb(Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))))
         except (LookupError, TypeError, ValueError, OSError):
             raise Unreachable("an answer without a picture in b64_json", hopeless=True) from None
 
@@ -225,17 +228,17 @@ class Painter(Endpoint):
 # What is read of answers; ValueError is what the model is told
 
 def texts_in(answer, key, words, count=None):
-    """The texts of a list, each once and of at most so many words; count: how many there must be."""
+    """The texts of a list, each of at most so many words. count: how many there must be; else each is taken once."""
     texts = answer.get(key)
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not isinstance(texts, list) or count and len(texts) != count:
+        raise ValueError(f'"{key}" must be a list of {count or ""} texts')
+    if not all(isinstance(text, str) and text.replace(data.IMAGE, "").strip() for text in texts):
         raise ValueError(f'"{key}" must hold text')
-    texts = list(dict.fromkeys(" ".join(text.replace(data.IMAGE, "").split()) for text in texts))
-    if count and len(texts) != count:
-        raise ValueError(f'"{key}" must be a list of {count} different texts')
+    texts = [" ".join(text.replace(data.IMAGE, "").split()) for text in texts]
     for text in texts:
         if len(text.split()) > words or cli.half_a_letter(text):
             raise ValueError(f'"{key}" has {len(text.split())} words, at most {words} of whole letters are allowed')
-    return texts
+    return texts if count else list(dict.fromkeys(texts))
 
 
 def text_in(answer, key, words):
@@ -415,6 +418,8 @@ def annotate(picture, args, store, model, segmenter):
 
     def name(question):
         labels = model.ask("objects", picture.name, question, [url], lambda answer: texts_in(answer, "objects", 8))
+        if not labels:
+            raise Rejected(f"no object to be cut out: {picture.name}")
         return labels[:args.objects]
 
     lists = store.each(name, [OBJECTS % (caption, args.objects)], "lists of objects")
@@ -426,7 +431,7 @@ def annotate(picture, args, store, model, segmenter):
 
 class GrabCut:
     """OpenCV's GrabCut around the box, the key points being of the object for sure: no network, nothing to download."""
-    SIDE, MARGIN, DOT, SPECK = 320, 0.25, 0.03, 0.02     # pixels; shares of the box, of its shorter side, of the mask
+    SIDE, MARGIN, DOT, SPECK = 224, 0.25, 0.03, 0.02     # pixels; shares of the box, of its shorter side, of the mask
 
     def __init__(self, args):
         try:
@@ -470,7 +475,7 @@ class Sam:
         try:
             from transformers import AutoModelForMaskGeneration, AutoProcessor            # here, as only this needs it
         except ImportError:
-            raise InputError("--segmenter sam needs transformers; run `pip install transformers torchvision`, or take "
+            raise InputError("--segmenter sam needs transformers; run `pip install transformers`, or take "
                              "--segmenter grabcut") from None
         self.name, self.device, self.lock = f"sam {args.sam_model}", cli.pick_device(), threading.Lock()
         try:
@@ -611,7 +616,7 @@ def write(args, store, results, pairs):
     rows, tally, out = [], store.tally, os.path.join(args.out, "data.jsonl")
     for annotated in results:
         rows += rows_of(annotated, tally)
-    tally.rows[False]["subject"] += len(pairs)
+    tally.rows[False].update("subject" for _ in pairs)
     if not rows:
         raise InputError(f"{args.folder}: no row came out; " + "; ".join(tally.problems()[:3]))
     with cli.atomic_file(out) as temporary, open(temporary, "wb") as file:
@@ -624,7 +629,7 @@ def write(args, store, results, pairs):
         with cli.atomic_file(os.path.join(args.out, "look.png")) as temporary:
             page.save(temporary, "PNG")
         print(f"wrote {args.out}/look.png")
-    print(", ".join(f"{count:,} {step}" for step, count in store.counts.items()))
+    print(", ".join(f"{store.counts[step]:,} {step}" for step in STEPS if step in store.counts))
     print(f"left out: {tally.reasons.total():,}", *tally.problems(), sep="\n")
 
 

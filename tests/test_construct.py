@@ -1,11 +1,11 @@
 """construct.py against a server of its own that sees the truth, and tells it well, badly, late or not at all."""
 import base64
 import http.server
+import importlib.util
 import io
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,7 +23,7 @@ import scorers
 from cli import InputError
 from world.rows import World
 
-grabcut = pytest.mark.skipif(not __import__("importlib").util.find_spec("cv2"),
+grabcut = pytest.mark.skipif(importlib.util.find_spec("cv2") is None,
                              reason="needs OpenCV: pip install opencv-python-headless")
 STEPS = {"Describe": "caption", "This is a description": "objects", "Where in": "box", "Both pictures": "pair",
          "Write": "prompts", "Is ": "filter"}
@@ -34,9 +34,9 @@ class Server:
     """A vision-language model that looks pictures up among those it knows, and a text-to-image model.
 
     truth: [(thumbnail, {"objects": {label: (box, points)}, "caption": ...})], places in shares of the sides.
-    units: in which it gives coordinates. bend: {step: function of (good answer, how often the model was told that its
-    answer cannot be used, what is asked) that gives the answer: text, a status, or all of the JSON}. first: a status, or "slow", of the
-    first try of each question. seen: [(step, number of earlier answers, text, body)].
+    units: in which it gives coordinates. bend: {step: function of (good answer, how often it was told that its answer
+    cannot be used, what is asked) that gives the answer: text, a status, or all of the JSON}. first: a status, or
+    "slow", of the first try of each question. seen: [(step, number of earlier answers, text, body)].
     """
 
     def __init__(self):
@@ -93,7 +93,7 @@ class Server:
     def bent(self, step, answer, tries, asked):
         answer = self.bend.get(step, lambda answer, *_: answer)(answer, tries, asked)
         if isinstance(answer, int):
-            return answer, {"error": {"message": "no"}}
+            return answer, {"error": {"message": "no", "code": "content_policy_violation" if answer == 400 else "x"}}
         if isinstance(answer, str):
             answer = {"choices": [{"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}]}
         return 200, answer
@@ -126,14 +126,19 @@ class Server:
         return [text for seen, _, text, _ in self.seen if seen == step]
 
 
+@pytest.fixture
+def fast(monkeypatch):
+    """Masks as good as such a small picture lets them be: enough where they are not looked at."""
+    monkeypatch.setattr(construct.GrabCut, "SIDE", 64)
+
+
 def thumbnail(image):
     return np.asarray(image.convert("RGB").resize((16, 16), Image.BOX), dtype=float)
 
 
 @pytest.fixture
 def server(monkeypatch):
-    wait = time.sleep
-    monkeypatch.setattr(scorers.time, "sleep", lambda seconds: wait(min(seconds, 1.5) if seconds == 1.5 else 0.01))
+    monkeypatch.setattr(scorers.Endpoint.__init__, "__defaults__", (None, 5, 0.01, 60))   # waits less between tries
     server = Server()
     yield server
     server.http.shutdown()
@@ -204,7 +209,7 @@ def test_pictures_become_rows_and_masks_that_training_reads_whatever_the_units(t
 
 
 @grabcut
-def test_answers_in_fences_lists_and_thoughts_are_read(tmp_path, server):
+def test_answers_in_fences_lists_and_thoughts_are_read(tmp_path, fast, server):
     emoji(tmp_path / "in", server, n=1)
     plain = make(server, tmp_path / "in", tmp_path / "plain")
     server.bend = {"caption": lambda answer, *_: f"Sure!\n```json\n{answer}\n```\nAnything else?",
@@ -218,16 +223,17 @@ def test_answers_in_fences_lists_and_thoughts_are_read(tmp_path, server):
     ("caption", "A fine picture.", "it holds no object of JSON"),
     ("caption", '{"caption": 7}', '"caption" must hold text'),
     ("caption", json.dumps({"caption": "very " * 200}), "200 words, at most 120"),
-    ("objects", '{"objects": "dog"}', '"objects" must hold text'),
+    ("caption", '{"caption": " <image>"}', '"caption" must hold text'),
+    ("objects", '{"objects": "dog"}', '"objects" must be a list of'),
     ("box", '{"box": [10, 10, 20], "points": [[12, 12]]}', "must be 4 numbers"),
     ("box", '{"box": [10, 10, 20, 900], "points": [[12, 12]]}', "reaches out of the picture"),
     ("box", '{"box": [20, 10, 10, 30], "points": [[12, 12]]}', "the box is empty"),
     ("box", '{"box": [10, 10, 90, 90], "points": [[12, 200]]}', "a point lies outside of the box"),
     ("box", '{"box": [10, 10, 90, 90], "points": []}', "at least one"),
     ("box", '{"box": [10, 10, 90, NaN], "points": [[12, 12]]}', "it holds no object of JSON"),
-    ("pair", '{"subject": "dog", "prompts": ["one"]}', "must be a list of 2 different texts")])
-def test_an_unusable_answer_is_asked_again_with_what_was_wrong_and_given_up_in_the_end(tmp_path, server, capsys, step,
-                                                                                      bad, told):
+    ("pair", '{"subject": "dog", "prompts": ["one"]}', "must be a list of 2 texts")])
+def test_an_unusable_answer_is_asked_again_with_what_was_wrong_and_given_up_in_the_end(tmp_path, fast, server, capsys,
+                                                                                      step, bad, told):
     emoji(tmp_path / "in", server, n=1)
     good = make(server, tmp_path / "in", tmp_path / "good")
     server.bend = {step: lambda answer, tries, asked: bad if tries == 0 and "red rectangle" not in asked else answer}
@@ -248,8 +254,9 @@ def test_an_unusable_answer_is_asked_again_with_what_was_wrong_and_given_up_in_t
 
 
 @grabcut
-def test_what_the_models_refuse_or_the_filter_flags_is_left_out_and_counted(tmp_path, server, capsys):
+def test_what_the_models_refuse_or_the_filter_flags_is_left_out_and_counted(tmp_path, fast, server, capsys):
     masks = emoji(tmp_path / "in", server, n=4)
+    server.know(Image.new("RGB", (64, 64), "#722031"), "a red wall", {})                  # what is painted here
     captions = [known["caption"] for _, known in server.truth]
     refusals = {0: "I'm sorry, but I can't describe this picture.", 2: 400, 4: {"choices": [
         {"message": {"content": None, "refusal": "no"}}]}}
@@ -257,7 +264,6 @@ def test_what_the_models_refuse_or_the_filter_flags_is_left_out_and_counted(tmp_
         "caption": lambda answer, *_: refusals.get(captions.index(json.loads(answer)["caption"]), answer),
         "filter": lambda answer, tries, asked: '{"answer": "yes"}' if "number 3" in asked else answer,
         "paint": lambda answer, tries, asked: 400 if "number 2" in asked else answer}
-    server.know(Image.new("RGB", (64, 64), "#722031"), "a red wall", {})
     rows = make(server, tmp_path / "in", tmp_path / "out", "--reject", "Is it unsafe?", "--synthetic", 4, "--t2i-url",
                 server.url, "--t2i-model", "brush")
     told = capsys.readouterr().out
@@ -273,7 +279,7 @@ def test_what_the_models_refuse_or_the_filter_flags_is_left_out_and_counted(tmp_
 
 @grabcut
 @pytest.mark.parametrize("first", [429, 500, "slow"])
-def test_busy_failing_and_slow_servers_are_asked_again(tmp_path, server, first):
+def test_busy_failing_and_slow_servers_are_asked_again(tmp_path, fast, server, first):
     emoji(tmp_path / "in", server, n=1)
     plain = make(server, tmp_path / "in", tmp_path / "plain")
     server.first = first
@@ -281,7 +287,7 @@ def test_busy_failing_and_slow_servers_are_asked_again(tmp_path, server, first):
 
 
 @grabcut
-def test_a_server_that_fails_or_is_not_there_stops_the_run_with_one_sentence_and_keeps_the_answers(tmp_path, server):
+def test_a_server_that_fails_or_is_not_there_stops_the_run_and_keeps_the_answers(tmp_path, fast, server):
     emoji(tmp_path / "in", server, n=1)
     server.bend = {"box": lambda answer, tries, asked: answer if "red rectangle" in asked else 503}
     with pytest.raises(InputError, match="gave no answer in 5 tries .HTTP 503.; what is answered is kept"):
@@ -300,6 +306,7 @@ def test_a_server_that_fails_or_is_not_there_stops_the_run_with_one_sentence_and
 
 
 @grabcut
+@pytest.mark.full
 def test_a_killed_run_goes_on_asks_nothing_twice_and_ends_like_an_uninterrupted_one(tmp_path, server):
     emoji(tmp_path / "in", server, n=3)
     whole = make(server, tmp_path / "in", tmp_path / "whole")
@@ -327,6 +334,7 @@ def test_a_killed_run_goes_on_asks_nothing_twice_and_ends_like_an_uninterrupted_
 
 
 @grabcut
+@pytest.mark.full
 def test_ctrl_c_keeps_the_answers_that_are_under_way(tmp_path, server):
     emoji(tmp_path / "in", server, n=2)
     arrived = threading.Event()
@@ -376,12 +384,12 @@ def test_a_mask_must_be_something_within_its_box(drawn, reason):
 
 
 @grabcut
-def test_masks_and_pairs_that_are_none_are_counted_and_their_pictures_stay(tmp_path, server, capsys):
+def test_masks_and_pairs_that_are_none_are_counted_and_their_pictures_stay(tmp_path, fast, server, capsys):
     emoji(tmp_path / "in", server, n=2)
     labels = [list(known["objects"])[0] for _, known in server.truth]
     whole = json.dumps({"box": [0, 0, 280, 280], "points": [[140, 140]]})
     server.bend = {"box": lambda answer, tries, asked: '{"box": null}' if f": {labels[0]}?" in asked
-                   else answer if "red" in asked else whole, "pair": lambda *_: '{"subject": null}'}
+                   else answer if "red rectangle" in asked else whole, "pair": lambda *_: '{"subject": null}'}
     rows = make(server, tmp_path / "in", tmp_path / "out")
     told = capsys.readouterr().out
     assert tasks(rows) == ["t2i", "reconstruct"] * 4 and "4 captions, 4 lists of objects, 2 boxes" in told
@@ -426,7 +434,7 @@ def test_iou_is_that_of_masks_from_true_boxes_and_points(tmp_path, server, capsy
 
 
 @grabcut
-def test_bad_flags_folders_and_files_are_one_clear_sentence(tmp_path, server):
+def test_bad_flags_folders_and_files_are_one_clear_sentence(tmp_path, fast, server):
     emoji(tmp_path / "in", server, n=1)
     for more, message in ((["--synthetic", 3], "--synthetic, --t2i-url and --t2i-model go together"),
                           (["--vlm-url", "host"], "--vlm-url 'host': not an address"),
@@ -449,7 +457,7 @@ def test_bad_flags_folders_and_files_are_one_clear_sentence(tmp_path, server):
 
 
 @grabcut
-def test_a_damaged_picture_is_named_and_the_others_go_on(tmp_path, server, capsys):
+def test_a_damaged_picture_is_named_and_the_others_go_on(tmp_path, fast, server, capsys):
     emoji(tmp_path / "in", server, n=1)
     (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
     assert len(make(server, tmp_path / "in", tmp_path / "out")) == 9
@@ -457,25 +465,37 @@ def test_a_damaged_picture_is_named_and_the_others_go_on(tmp_path, server, capsy
 
 
 def small_sam(kind, folder):
-    """A SAM of random weights, as `transformers` saves one."""
+    """Writes a SAM of random weights as `transformers` does."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    pytest.importorskip("torchvision", reason="transformers' processors of SAM need torchvision")
     decoder = dict(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16)
-    if kind == "sam":
-        config = transformers.SamConfig(
-            vision_config=dict(hidden_size=16, output_channels=16, num_hidden_layers=1, num_attention_heads=2,
-                               image_size=64, patch_size=16, global_attn_indexes=[0], num_pos_feats=8, mlp_dim=32),
-            prompt_encoder_config=dict(hidden_size=16, image_size=64, patch_size=16), mask_decoder_config=decoder)
-        transformers.SamModel(config).save_pretrained(folder)
-        transformers.SamProcessor(transformers.SamImageProcessor(
-            size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})).save_pretrained(folder)
+    prompts = dict(hidden_size=16, image_size=64, patch_size=16)
+    if kind == "Sam":
+        vision = dict(hidden_size=16, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=64,
+                      patch_size=16, global_attn_indexes=[0], num_pos_feats=8, mlp_dim=32)
+        processor = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
+    else:
+        pytest.importorskip("torchvision", reason="transformers' SAM 2 needs torchvision")
+        backbone = dict(model_type="sam2_hiera_det_model", hidden_size=8, num_attention_heads=1, image_size=[64, 64],
+                        window_positional_embedding_background_size=[4, 4], blocks_per_stage=[1, 1, 2, 1],
+                        embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 2],
+                        window_size_per_stage=[8, 4, 4, 2], global_attention_blocks=[3])
+        vision = dict(backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=16,
+                      backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]])
+        processor = transformers.Sam2ImageProcessor(size={"height": 64, "width": 64})
+    config = getattr(transformers, f"{kind}Config")(vision_config=vision, prompt_encoder_config=prompts,
+                                                    mask_decoder_config=decoder)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    getattr(transformers, f"{kind}Processor")(processor).save_pretrained(folder)
 
 
-def test_sam_makes_a_mask_of_the_pictures_size(tmp_path):
-    small_sam("sam", tmp_path)
+@pytest.mark.parametrize("kind", ["Sam", "Sam2"])
+def test_sam_and_sam_2_make_a_mask_of_the_pictures_size_from_box_and_points(tmp_path, kind):
+    small_sam(kind, tmp_path)
     sam = construct.Sam(construct.parse(["iou", "x", "--sam-model", str(tmp_path)]))
-    mask = sam(Image.new("RGB", (90, 60), "red"), [10.0, 10.0, 50.0, 40.0], [[20.0, 20.0], [30.0, 30.0]])
-    assert mask.shape == (60, 90) and mask.dtype == bool
+    image = World().picture(np.random.default_rng(0), "segment").image.resize((90, 60))
+    mask, other = (sam(image, box, points) for box, points in (
+        ([10.0, 10.0, 50.0, 40.0], [[20.0, 20.0], [30.0, 30.0]]), ([60.0, 30.0, 85.0, 55.0], [[70.0, 40.0]])))
+    assert mask.shape == other.shape == (60, 90) and mask.dtype == bool and (mask != other).any()
 
 
 @grabcut
