@@ -44,6 +44,7 @@ SENT, PATCH = 1008, 28       # sides of a picture that is sent: the most, and a 
 SLACK = 0.01                 # of a side: so far out of the picture may a box reach, or a point out of its box
 SMALL, FULL, OUTSIDE = 0.03, 0.98, 0.1       # least and most of its box that a mask covers; most of it outside the box
 MAX_PICTURE = 64 << 20       # bytes of an HTTP answer with a picture
+LONGEST = 100_000            # letters of another answer
 SHOWN = 24                   # pictures, and pairs, on the sheet
 STEPS = ("batches of prompts", "synthetic pictures", "captions", "lists of objects", "boxes", "masks", "pairs")
 
@@ -105,8 +106,8 @@ class Store:
         for number, line in enumerate(lines, 1):
             try:
                 record = cli.json_object(line)
-                self.known.setdefault(record["key"], record["answer"])
-            except (InputError, LookupError):
+                self.known.setdefault(record["key"], dict(record["answer"]))
+            except (ValueError, LookupError, TypeError):       # InputError is a ValueError
                 raise InputError(f"{self.path}:{number}: is no line that construct.py wrote; remove it, or choose "
                                  "another --out") from None
 
@@ -190,7 +191,7 @@ class LanguageModel(Endpoint):
         message, filtered = choice["message"], choice.get("finish_reason") == "content_filter"
         if message.get("refusal") or filtered:
             return {"refused": str(message.get("refusal") or "content filter")}
-        return {"text": str(message["content"])}
+        return {"text": str(message["content"])[:LONGEST]}
 
     def ask(self, step, about, text, urls, read, temperature=0):
         """Asks until `read` can use the JSON of the answer, telling the model each time what was wrong with it, read's

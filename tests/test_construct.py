@@ -447,9 +447,10 @@ def test_bad_flags_folders_and_files_are_one_clear_sentence(tmp_path, fast, serv
         with pytest.raises(InputError, match=message):
             make(server, tmp_path / folder, tmp_path / "out")
     (tmp_path / "out").mkdir(exist_ok=True)
-    (tmp_path / "out" / "answers.log").write_text("{}\n")
-    with pytest.raises(InputError, match="answers.log:1: is no line that construct.py wrote"):
-        make(server, tmp_path / "in", tmp_path / "out")
+    for line in ("{}", "[]", '{"key": "a", "answer": 5}', "what is this"):
+        (tmp_path / "out" / "answers.log").write_text(f"{line}\n")
+        with pytest.raises(InputError, match="answers.log:1: is no line that construct.py wrote"):
+            make(server, tmp_path / "in", tmp_path / "out")
     assert not server.seen
     server.bend = {"box": lambda *_: '{"box": [1, 2, 3, 4], "points": [[2, 3]]}'}
     with pytest.raises(InputError, match="auto: the model does not find a red rectangle"):
