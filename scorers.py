@@ -3,8 +3,8 @@
     images --Clip, Dino--> embeddings of length 1, so that likeness is a cosine: CLIP-I, CLIP-T, DINO      (Scorer)
     images --HTTP--> a vision model that gives 0 to 4 for concept preservation and prompt following       (VisionJudge)
 
-A library: `python eval.py dreambench ...` samples the images and averages the scores. The public weights come from the
-hub, or from the folders that --clip and --dino name.
+A library: `python eval.py dreambench ...` samples the images and averages the scores; construct.py asks other services
+through `Endpoint`. The public weights come from the hub, or from the folders that --clip and --dino name.
 Shape letters: B batch, P patches of an image, L length of a text, C width.
 
 Next: `eval.py`.
@@ -21,6 +21,7 @@ import statistics
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -349,15 +350,24 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class VisionJudge:
-    """A vision model behind an OpenAI-compatible endpoint.
+CONTENT = re.compile(rb"content|policy|safety|moderat|sensitive", re.IGNORECASE)     # in an error: the question's fault
+
+
+class Refused(InputError):
+    """The service works but does not answer this very question; another one it may."""
+
+
+class Endpoint:
+    """A service with OpenAI's HTTP interface; a subclass says what `path` it asks there.
 
     url: up to and including /v1; wait: seconds before the second try, doubled for each further one; timeout: seconds.
+    flag, name, kept: for messages: whose flags name it, what it is, and what a run that ends here has kept.
     """
+    flag, name, kept, path = "--judge", "judge", "scored", "chat/completions"
 
     def __init__(self, url, model, key=None, tries=5, wait=1.0, timeout=60):
         if "@" in url:                         # not repeated in the message, since it holds a password
-            raise InputError("--judge-url: holds a user name or password; leave it out and put the key into the "
+            raise InputError(f"{self.flag}-url: holds a user name or password; leave it out and put the key into the "
                              "environment variable OPENAI_API_KEY")
         try:
             parts = urlsplit(url)
@@ -365,82 +375,119 @@ class VisionJudge:
         except ValueError:                     # a port that is no number, half an IPv6 address
             valid = False
         if not valid or not re.fullmatch("[!-~]+", url):
-            raise InputError(f"--judge-url {url!r}: not an address; give one like https://host/v1")
+            raise InputError(f"{self.flag}-url {url!r}: not an address; give one like https://host/v1")
         if key and not re.fullmatch("[!-~]+", key):
             raise InputError("OPENAI_API_KEY: holds spaces or other characters that no key has; copy it again")
         path = parts.path.rstrip("/")
         self.address = f"{parts.scheme}://{parts.netloc}{path}"        # for messages: a query may hold secrets too
-        self.url = parts._replace(path=f"{path}/chat/completions", fragment="").geturl()
+        self.url = parts._replace(path=f"{path}/{self.path}", fragment="").geturl()
         self.model, self.key, self.tries, self.wait, self.timeout = model, key, tries, wait, timeout
         self.opener, self.answered = urllib.request.build_opener(NoRedirect), False
 
-    def request(self, text, images):
-        """Asks once, at temperature 1 as DreamBench++'s own scripts do, so that passes differ. -> the model's answer
-
-        Raises Unreachable if another try may succeed, else InputError.
-        """
-        content = [{"type": "text", "text": text}]
-        for image in images:
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            image_url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.append({"type": "image_url", "image_url": {"url": image_url}})
-        body = {"model": self.model, "temperature": 1, "max_tokens": 300,
-                "messages": [{"role": "user", "content": content}]}
+    def post(self, body, most=MAX_ANSWER):
+        """Asks once. most: bytes of the answer. -> what its JSON says; Unreachable if another try may succeed, else
+        InputError"""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                answer = response.read(MAX_ANSWER + 1)
+                answer = response.read(most + 1)
         except urllib.error.HTTPError as error:
-            self.raise_for(error.code)
+            self.raise_for(error)
         except (OSError, http.client.HTTPException) as error:                # refused, reset, too slow
             reason = getattr(error, "reason", error)
             nobody = isinstance(reason, (ConnectionRefusedError, socket.gaierror, ssl.SSLError))
             raise Unreachable(str(reason)[:200] or type(error).__name__, nobody) from None
-        if len(answer) > MAX_ANSWER:
-            raise Unreachable(f"an answer of more than {MAX_ANSWER >> 20} MiB", hopeless=True)
+        if len(answer) > most:
+            raise Unreachable(f"an answer of more than {most >> 20} MiB", hopeless=True)
         try:
-            text = str(json.loads(answer)["choices"][0]["message"]["content"])
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise Unreachable("an answer that is not a chat completion", hopeless=True) from None
-        self.answered = True
-        return text
+            return json.loads(answer)
+        except (ValueError, RecursionError):
+            return None                        # which is no answer of any kind that is looked for
 
-    def raise_for(self, status):
-        """The exception that an HTTP status other than success stands for."""
+    def chat(self, messages, **options):
+        """Asks a chat model once. options: of the request. -> its first choice, with ["message"]["content"]"""
+        answer = self.post({"model": self.model, "messages": messages, **options})
+        with suppress(LookupError, TypeError, AttributeError):
+            choice = answer["choices"][0]
+            if choice["message"].keys() >= {"content"}:
+                return choice
+        raise Unreachable("an answer that is not a chat completion", hopeless=True)
+
+    def raise_for(self, error):
+        """The exception that an HTTPError stands for."""
+        status, text = error.code, b""
         if status in (408, 409, 429) or status >= 500:
             raise Unreachable(f"HTTP {status}") from None
         if 300 <= status < 400:
-            raise InputError(f"{self.address}: the judge redirects to another address (HTTP {status}), where the key "
-                             f"is not sent; give that address as --judge-url") from None
-        raise InputError(f"{self.address}: the judge refused the question (HTTP {status}); check --judge-url, "
-                         f"--judge-model and the key in OPENAI_API_KEY") from None
+            raise InputError(f"{self.address}: the {self.name} redirects to another address (HTTP {status}), where the "
+                             f"key is not sent; give that address as {self.flag}-url") from None
+        with suppress(OSError, http.client.HTTPException):
+            text = error.read(4096)
+        kind = Refused if status in (400, 413, 422) and (self.answered or CONTENT.search(text)) else InputError
+        raise kind(f"{self.address}: the {self.name} refused the question (HTTP {status}); check {self.flag}-url, "
+                   f"{self.flag}-model and the key in OPENAI_API_KEY") from None
+
+    def answers(self, ask):
+        """Yields what `ask()` returns, as often as asked for within the tries; those that fail are waited for and
+        passed over. InputError if there was no answer at all, or none that this address ever gave."""
+        answers = 0
+        for attempt in range(self.tries):
+            if attempt:
+                time.sleep(self.wait * 2**(attempt - 1))
+            try:
+                answer = ask()
+            except Unreachable as error:
+                reason = error
+                if error.hopeless and not self.answered:
+                    raise InputError(f"{self.address}: no answer of a {self.name} ({reason}); check {self.flag}-url"
+                                     ) from None
+                continue
+            self.answered = True
+            answers += 1
+            yield answer
+        if not answers:
+            raise InputError(f"{self.address}: the {self.name} gave no answer in {self.tries} tries ({reason}); what "
+                             f"is {self.kept} is kept, give the same command again later")
+
+
+def user_message(text, urls):
+    """A question to a chat model, with pictures as data URLs."""
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
+
+
+def data_url(image, form="PNG", **options):
+    """A PIL image as a request holds it. options: of PIL's `save`"""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class VisionJudge(Endpoint):
+    """A vision model that scores images."""
+
+    def request(self, text, images):
+        """Asks once, at temperature 1 as DreamBench++'s own scripts do, so that passes differ. -> the model's answer
+
+        Raises Unreachable if another try may succeed, else InputError.
+        """
+        choice = self.chat([user_message(text, map(data_url, images))], temperature=1, max_tokens=300)
+        return str(choice["message"]["content"])
 
     def score(self, rubric, images, subject, prompt):
         """Asks until an answer can be read. -> score 0 to 4, or None if none could; the answers in order.
 
         Raises InputError if there was no answer at all.
         """
-        answers, text = [], RUBRICS[rubric].format(subject=subject, prompt=prompt) + ANSWER
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.wait * 2**(attempt - 1))
-            try:
-                answers.append(self.request(text, images))
-            except Unreachable as error:
-                reason = error
-                if error.hopeless and not self.answered:
-                    raise InputError(f"{self.address}: no answer of a judge ({reason}); check --judge-url") from None
-                continue
-            if scores := re.findall(r"score\W{0,5}([0-4])(?!\.?\d)", answers[-1], re.IGNORECASE):
-                return int(scores[-1]), answers
-        if not answers:
-            raise InputError(f"{self.address}: the judge gave no answer in {self.tries} tries ({reason}); what is "
-                             f"scored is kept, give the same command again later")
-        return None, answers
+        read, text = [], RUBRICS[rubric].format(subject=subject, prompt=prompt) + ANSWER
+        for answer in self.answers(lambda: self.request(text, images)):
+            read.append(answer)
+            if scores := re.findall(r"score\W{0,5}([0-4])(?!\.?\d)", answer, re.IGNORECASE):
+                return int(scores[-1]), read
+        return None, read
 
 
 def judge_score(rows, name):
