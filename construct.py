@@ -315,12 +315,11 @@ def find_pictures(root, out):
     for folder, below, listed in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith(".")
                           and os.path.realpath(os.path.join(folder, name)) != os.path.realpath(out))
-        names = {name.lower(): name for name in listed} | {name: name for name in listed}
         for name in sorted(listed):
             stem, ending = os.path.splitext(name)
             if ending.lower() in prepare.IMAGES and not stem.lower().endswith(".mask") and not name.startswith("."):
                 path = os.path.join(folder, name)
-                pictures.append(Picture(path, os.path.relpath(path, root), prepare.subject_of(folder, stem, names)))
+                pictures.append(Picture(path, os.path.relpath(path, root), cli.subject_of(path)))
     return pictures
 
 

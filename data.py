@@ -67,7 +67,7 @@ def center_square(image, size, rounding=round, fit="crop"):
 
 def clip_pixels(image, size=224, fit="crop"):
     """PIL RGB image -> (3, size, size) fp32, normalised for CLIP (openai/clip-vit-large-patch14 preprocessing)."""
-    square = center_square(image, size, rounding=int, fit=fit)         # int: as CLIP's published preprocessing truncates
+    square = center_square(image, size, rounding=int, fit=fit)         # int: CLIP's published preprocessing truncates
     pixels = np.asarray(square, dtype=np.float32) / 255
     pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                         # (3, size, size)

@@ -220,7 +220,8 @@ def main(argv=None):
     if args.size and args.size < mentor.config.image_size:
         print(f"size: below the weights' own {mentor.config.image_size} pixels it is a cut-out, as if zoomed in")
     start, size = time.perf_counter(), mentor.check_size(args.size or mentor.config.image_size)
-    common = {"size": size, "dtype": dtype, "weights": args.weights, "prefix_rope": mentor.config.decoder.prefix_rope, **asdict(mentor.config.sampling), **args.sampling}
+    common = {"size": size, "dtype": dtype, "weights": args.weights, **asdict(mentor.config.sampling),
+              "prefix_rope": mentor.config.decoder.prefix_rope, **args.sampling}
     common |= {name: getattr(args, name) for name, usual in (("lora", None), ("fit", "crop"))
                if getattr(args, name) != usual}
     if args.prompts:
