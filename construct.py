@@ -623,7 +623,7 @@ def write(args, store, results, pairs):
         for row in rows + pairs:               # paths start at the JSONL, as those of masks already do
             paths = {key: os.path.relpath(row[key], args.out) for key in ("source_image", "image_path")
                      if key == "source_image" or "swapped_text" in row}
-            file.write(prepare.encoded(row | paths))
+            file.write(prepare.checked(row | paths)[1])
     print(f"wrote {out}: {tally.tasks(False)}")
     if page := sheet(results, pairs, args.out):
         with cli.atomic_file(os.path.join(args.out, "look.png")) as temporary:

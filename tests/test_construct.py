@@ -159,7 +159,7 @@ def emoji(folder, server, n=2, seed=0):
     for k in range(n):
         picture = World().picture(np.random.default_rng((seed, k)), "subject", extras=False)
         label = picture.description.labels[0]
-        for i, one in enumerate((picture, picture.other)):
+        for i, one in enumerate((picture, picture.others[0])):
             name = f"{''.join(c if c.isalpha() else '_' for c in label)}-{i}.png"
             image = one.image.resize((SIDE, SIDE), Image.BICUBIC)
             image.save(folder / name)

@@ -347,8 +347,31 @@ def test_an_epoch_has_the_mixture_of_the_weights_and_shows_all_rows_equally_ofte
     assert not np.array_equal(load(path, dataset.counts, seed=1).plan(1), plans[1])
     assert load(path).counts == {"t2i": 5, "reconstruct": 5, "segment": 5, "recover": 5, "subject": 10, "multi": 10}
     only = make.rows({"source_image": "0.png"}, name="only.jsonl")
-    with pytest.raises(InputError, match="only.jsonl: no row for segment and subject; .* 1 reconstruct"):
-        load(only, {"reconstruct": 1, "segment": 1, "subject": None})
+    with pytest.raises(InputError, match="only.jsonl: no row for segment or subject; .* 1 reconstruct"):
+        load(only, {"segment": 1, "subject": None})
+
+
+def test_tasks_without_rows_are_left_out_and_the_others_share_the_epoch(make):
+    dataset = load(make.every_task(), {"t2i": 1, "icl": 2, "segment": 1})
+    assert dataset.lacking == ["icl"] and dataset.tasks == ["t2i", "segment"]
+    assert dataset.counts == {"t2i": 1, "segment": 1}
+
+
+def test_a_wide_reference_is_cropped_or_padded_and_where_it_lies_so_does_an_aligned_target(make):
+    name = make.image("wide.png", 3, size=(80, 20))
+    rows = [{"source_image": name}, {"source_image": name, "image_path": name, "objects": "cat", "input_text": "a"}]
+    dataset = load(make.rows(*rows), {"reconstruct": 1, "subject": 1})
+    image, said = open_image(make.path / name), "leaves out more than a third; --fit pad shows all"
+    for fit, top in (("crop", False), ("pad", True)):
+        dataset.processor.fit = fit
+        for row, task in enumerate(("reconstruct", "subject")):
+            sample = dataset.sample(task, dataset.rows[row], 0, np.random.default_rng(0), [])
+            assert torch.equal(sample["refs"][0], data.clip_pixels(image, CLIP, fit))
+            target = fit if task == "reconstruct" else "crop"
+            assert torch.equal(sample["target"], data.target_pixels(image, SIZE, target))
+            assert any(said in doubt for doubt in sample["doubts"]) == (fit == "crop")
+        black = sample["refs"][0, :, 0] == data.clip_pixels(Image.new("RGB", (9, 9)), CLIP)[:, 0]
+        assert bool(black.all()) == top
 
 
 def test_samples_do_not_depend_on_workers_world_size_or_where_a_run_resumes(make):
