@@ -422,7 +422,8 @@ class Mentor(nn.Module):
     def generate(self, prefix, seeds, sampling=None, grid=None, count=None, progress=False):
         """Samples the image tokens behind a prefix, row i with seeds[i] and so whatever its batch.
 
-        grid: tokens a side, default the config's; count: how many tokens, default all grid * grid. -> (B, count) int64
+        grid: tokens a side, default the config's; count: how many tokens, default all grid * grid; progress: True shows
+        a bar, a function is called after every token but the first with all so far, [(B,), ...]. -> (B, count) int64
         """
         sampling, grid = sampling or self.config.sampling, grid or self.config.grid
         sampling.check(self.config.decoder.codes)
@@ -446,6 +447,8 @@ class Mentor(nn.Module):
         tokens = [sample_tokens(guide(logits, sampling.cfg_scale), uniform[:, 0], sampling)]
         for k in bar(range(1, count), desc="sampling", unit="token", disable=not progress, leave=False):
             tokens.append(step(tokens[-1], uniform[:, k]))
+            if callable(progress):
+                progress(tokens)
         return torch.stack(tokens, dim=1)                                                 # (B, count)
 
     @torch.inference_mode()

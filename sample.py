@@ -108,7 +108,7 @@ def parse(argv):
 
 
 def save_all(images, out, settings):
-    """Images to the files that `cli.picture_names` gives, each with its seed; of several a contact sheet."""
+    """Images to the files that `cli.picture_names` gives, each with its seed; of several a sheet. -> those names"""
     seeds = range(settings["seed"], settings["seed"] + len(images))
     names, path = cli.picture_names(out, settings["prompt"], seeds)
     for image, name, seed in zip(images, names, seeds):
@@ -116,6 +116,7 @@ def save_all(images, out, settings):
     if len(images) > 1:
         cli.save_picture(cli.contact_sheet(images), path, settings)
     print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
+    return names, path
 
 
 def read(processor, request, log=None):
@@ -147,11 +148,11 @@ def requests_of(args):
     return requests
 
 
-def draw(mentor, args, requests, seeds):
+def draw(mentor, args, requests, seeds, progress=False):
     """A picture for each seed: one of each request, or all of a single one. -> PIL, small ones enlarged"""
     batch = data.collate([read(mentor.processor, request) for request in requests])
     sampling = replace(mentor.config.sampling, **args.sampling)
-    pixels = mentor.sample(batch, seeds, sampling, args.size, progress=not args.prompts, offload=args.offload)
+    pixels = mentor.sample(batch, seeds, sampling, args.size, progress, args.offload)
     side = max(1, VIEW // pixels.size(-1)) * pixels.size(-1)
     return [data.to_image(image).resize((side, side), Image.BICUBIC) for image in pixels]
 
@@ -227,7 +228,7 @@ def main(argv=None):
     if args.prompts:
         draw_list(mentor, args, requests, common, ranks)
         return ranks.leave()
-    images = draw(mentor, args, requests, range(args.seed, args.seed + args.n))
+    images = draw(mentor, args, requests, range(args.seed, args.seed + args.n), progress=True)
     seconds, prompt = time.perf_counter() - start, requests[0].prompt
     save_all(images, args.out, {"prompt": prompt, "refs": args.ref, "seed": args.seed, "n": args.n, **common})
     print(f"{seconds / args.n:.1f} s a picture of {size} x {size} pixels")
