@@ -63,8 +63,8 @@ def page(gr, mentor, about):
     with gr.Blocks(title="MENTOR", analytics_enabled=False) as blocks:
         gr.Markdown("# MENTOR\n" + sample.ABOUT_TINY if about["weights"] == "tiny" else f"# MENTOR: {about['weights']}")
         with gr.Row():
-            refs = gr.Gallery(label="references", file_types=["image"], columns=3, fit_columns=False, height=360)
-            pictures = gr.Gallery(label="pictures", interactive=False, columns=4, height=360, object_fit="contain")
+            refs = gr.Gallery(label="references", file_types=["image"], columns=3, fit_columns=False)
+            pictures = gr.Gallery(label="pictures", interactive=False, columns=2, height=620)
         prompt, subjects = gr.Textbox(label="prompt"), gr.Textbox(label="subjects, by commas; default: file names")
         with gr.Row():
             numbers = [gr.Number(value, label=f"--{name}", precision=0 if type(value) is int else None, min_width=90)
