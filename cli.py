@@ -725,6 +725,26 @@ def save_picture(image, path, settings):
         image.save(temporary, "PNG", pnginfo=chunks)
 
 
+def box_of(mask):
+    """(left, top, right, bottom) around a mask."""
+    columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def on_black(image, mask):
+    """The object of the mask alone, everything else black."""
+    return Image.fromarray(np.asarray(image) * mask[:, :, None])
+
+
+def homography(corners, sources):
+    """The eight numbers with which Image.transform shows the points `sources` (4, 2) at `corners` (4, 2)."""
+    equations, values = [], []
+    for (x, y), (u, v) in zip(corners, sources):
+        equations += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        values += [u, v]
+    return np.linalg.solve(equations, values)
+
+
 def contact_sheet(images, columns=None, gap=4):
     """A white sheet with PIL images of one size in rows of `columns` (default: a near-square)."""
     columns = columns or math.ceil(math.sqrt(len(images)))

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import cli
-from cli import InputError, open_image, open_mask
+from cli import InputError, box_of, homography, on_black, open_image, open_mask
 
 IMAGE = "<image>"          # in a prompt: here stands a reference image
 WHOLE = "whole image"      # what the query connector looks for where no subject is named
@@ -315,26 +315,6 @@ CAPTION_DROP = 0.5       # reconstruction: how often the image comes without its
 SCALE = (0.2, 1.0)       # recovery: side of the pasted frame, as a share of the background's
 WARPED = 0.5             # how often it is also rotated, stretched, sheared and bent in perspective:
 ROTATION, STRETCH, SHEAR, BEND = 20, (0.7, 1.3), 0.3, 0.2    # up to degrees, factors, slope, share of the side
-
-
-def box_of(mask):
-    """(left, top, right, bottom) around a mask."""
-    columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def on_black(image, mask):
-    """The object of the mask alone, everything else black."""
-    return Image.fromarray(np.asarray(image) * mask[:, :, None])
-
-
-def homography(corners, sources):
-    """The eight numbers with which Image.transform shows the points `sources` (4, 2) at `corners` (4, 2)."""
-    equations, values = [], []
-    for (x, y), (u, v) in zip(corners, sources):
-        equations += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
-        values += [u, v]
-    return np.linalg.solve(equations, values)
 
 
 def recovery_input(image, mask, background, size, rng, object_scale=None):
