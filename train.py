@@ -86,7 +86,6 @@ STAGES = {
     "reconstruct": Stage(ENCODER_AND_DECODER, {"reconstruct": 1}, "out/mentor/2", global_batch=128, lr=1e-4,
                          steps=1000),
 }
-QUERY_PREFIX = 512         # rows that serve every stage with a query connector, whose images take so few
 # what --stage 2 does where there is no data: a whole run in miniature; no other stage starts from it
 EXAMPLE = replace(STAGES["2"], init="tiny", global_batch=16, lr=5e-5, steps=60, prefix_tokens=None)
 EXAMPLE_DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "example")
@@ -139,8 +138,8 @@ def make_parser(stages, description):
     how.add_argument("--epochs", type=cli.positive_float, help="how often the data is seen")
     how.add_argument("--global-batch", type=cli.positive_int, help="samples of a step, over all ranks")
     how.add_argument("--micro-batch", type=cli.positive_int, help="samples that a rank computes at once")
-    how.add_argument("--lora", type=cli.positive_int, metavar="RANK", help="train low-rank updates of T5's and the "
-                     "decoder's blocks alone (lora.py); 16 is usual, with ten times the --lr")
+    how.add_argument("--lora", type=cli.positive_int, metavar="RANK", help="train low-rank updates alone (lora.py); 16 "
+                     "is usual, with ten times the --lr")
     how.add_argument("--lr", type=cli.positive_float, help="peak of the learning rate")
     how.add_argument("--seed", type=cli.natural, default=0, help="of everything random (default 0)")
     machine = parser.add_argument_group("machine")
@@ -336,14 +335,6 @@ class Run:
         return json.loads(json.dumps({**given, **recipe, **derived}))                     # as JSON gives it back
 
 
-def prefix_room(args, stage):
-    """Prefix rows that a run makes room for, None = those of the weights."""
-    form = args.connector or weights.find_config(stage.init).connector
-    if form == "query" and stage.prefix_tokens and not args.prefix_tokens:
-        return min(stage.prefix_tokens, QUERY_PREFIX)
-    return stage.prefix_tokens
-
-
 def load_start(args, stage, log, command="train.py"):
     """The weights that a stage starts from. -> Mentor; where they are the stage's own and missing, InputError says how
     to get them."""
@@ -353,7 +344,8 @@ def load_start(args, stage, log, command="train.py"):
                          f"{command} --stage {name}`, or name other weights by --init")
     try:
         return weights.load(stage.init, t5_decoder="caption" in stage.tasks, log=log, prefix_rope=stage.prefix_rope,
-                            prefix_tokens=prefix_room(args, stage), image_size=args.size, connector=args.connector)
+                            prefix_tokens=weights.prefix_room(stage, args), image_size=args.size,
+                            connector=args.connector)
     except InputError as error:
         if args.init:
             raise
@@ -386,23 +378,19 @@ def task_data(args, stage, mentor, log):
     return train, val, val
 
 
-def choose_micro_batch(args, stage, mentor, ranks):
-    """Samples that a rank computes at once: as asked for, else the most that leave its GPU 8 GB free."""
-    sizes = [micro for micro in range(stage.micro, 0, -1) if stage.global_batch / ranks.world % micro == 0] or [1]
-    card, way = cli.card_memory(ranks.device), weights.Way(args.fsdp, args.checkpoint_activations, args.micro_batch)
-    if card is None:
-        return args.micro_batch or sizes[0]
-    return weights.micro_batch_that_fits(mentor, stage.trains, ranks.world, card, way, sizes)
-
-
 def steps_of(stage, samples):
     """Optimizer steps of a run over so many samples an epoch."""
     return stage.steps or max(1, round(stage.epochs * samples / stage.global_batch))
 
 
 def batch_arithmetic(args, stage, mentor, ranks, samples):
-    """-> (samples a rank computes at once, how often in a step, steps of the run)"""
-    micro = choose_micro_batch(args, stage, mentor, ranks)
+    """-> samples a rank computes at once (as asked for, else the most that leave its GPU 8 GB free), how often in a
+    step, steps of the run"""
+    sizes = [micro for micro in range(stage.micro, 0, -1) if stage.global_batch / ranks.world % micro == 0] or [1]
+    card, way = cli.card_memory(ranks.device), weights.Way(args.fsdp, args.checkpoint_activations, args.micro_batch)
+    micro = args.micro_batch or sizes[0]
+    if card:
+        micro = weights.micro_batch_that_fits(mentor, stage.trains, ranks.world, card, way, sizes)
     accum = stage.global_batch // (micro * ranks.world)
     if accum * micro * ranks.world != stage.global_batch:
         raise InputError(f"--global-batch {stage.global_batch} is no multiple of --micro-batch {micro} x {ranks.world} "
@@ -428,15 +416,9 @@ def check(run, before):
 
 def plan(args, stage):
     """Prints what a run would be, from its rows and its weights' sizes alone."""
-    config = weights.override(weights.find_config(stage.init), stage.prefix_rope, prefix_room(args, stage))
-    if args.connector:
-        config = weights.with_connector(config, args.connector)
-    with torch.device("meta"):
-        mentor = weights.resize(Mentor(config, t5_decoder="caption" in stage.tasks), args.size)
-    if args.lora:
-        weights.add_lora(mentor, args.lora, stage.trains, stage.init)
-        freeze(TokenObjective(mentor), stage.trains)
-        weights.halve_frozen(mentor)
+    mentor = weights.without_numbers(stage.init, "caption" in stage.tasks, args.connector, args.size,
+                                     args.lora and (args.lora, stage.trains), prefix_rope=stage.prefix_rope,
+                                     prefix_tokens=weights.prefix_room(stage, args))
     args.codes = None                          # encoding ahead changes neither rows nor memory
     train, _, _ = task_data(args, stage, mentor, print)
     steps = steps_of(stage, len(train))
@@ -453,10 +435,7 @@ def report(run):
     args, stage, ranks, config = run.args, run.stage, run.ranks, run.mentor.config
     print(f"stage {args.stage} from {stage.init}: tasks {stage.tasks}, lr {stage.lr}, seed {args.seed}, prefix "
           f"{config.prefix_tokens} rows, {config.decoder.prefix_rope}")
-    for name in PARTS:
-        parameters = list(run.mentor.get_submodule(name).parameters())
-        millions, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) / 1e6 for every in (1, 0))
-        print(f"  {name:18} {millions:9.2f} M  " + (f"{trained:.2f} M train" if trained else "frozen"))
+    print(weights.parts_table(run.mentor))
     print(f"batch: {run.micro} samples x {ranks.world} ranks x {run.accum} micro-batches = {stage.global_batch}")
     print(f"steps: {run.steps} of {stage.global_batch} samples, {len(run.train)} samples an epoch")
     way, card = weights.Way(args.fsdp, args.checkpoint_activations, run.micro), cli.card_memory(ranks.device)

@@ -548,6 +548,17 @@ def new_connector(mentor, form):
     return model
 
 
+QUERY_PREFIX = 512         # rows that serve every stage with a query connector, whose images take so few
+
+
+def prefix_room(stage, args):
+    """Prefix rows that a training run makes room for, None = those of the weights. stage, args: train.py's"""
+    form = args.connector or find_config(stage.init).connector
+    if form == "query" and stage.prefix_tokens and not args.prefix_tokens:
+        return min(stage.prefix_tokens, QUERY_PREFIX)
+    return stage.prefix_tokens
+
+
 def resize(mentor, image_size):
     """Gives a model a smaller size of its images, None = its own. -> the model; InputError where it cannot have it"""
     size = mentor.check_size(image_size or mentor.config.image_size)
@@ -952,6 +963,21 @@ def save(mentor, folder, state=None):
         write(mentor, temporary, state)
 
 
+def without_numbers(weights, t5_decoder, connector, image_size, lora, **overrides):
+    """A model of the sizes that `load` would give, on the meta device, for plans. lora: (rank, what trains) or None"""
+    config = override(find_config(weights), **overrides)
+    if connector:
+        config = with_connector(config, connector)
+    with torch.device("meta"):
+        mentor = resize(Mentor(config, t5_decoder=t5_decoder), image_size)
+    if lora:
+        add_lora(mentor, *lora, weights)
+        for name, parameter in mentor.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        halve_frozen(mentor)
+    return mentor
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of a training run: out/step-00000500/ is a model folder plus training.safetensors and training.json
 
@@ -1266,6 +1292,16 @@ def micro_batch_that_fits(mentor, trains, ranks, card, way, sizes):
     advice = f"it fits with {other}" if other else "take more GPUs and --fsdp, or larger ones"
     raise InputError(f"{micro} samples at once need {needed:.1f} GiB by estimate, but this GPU has {card:.1f} and 8 GB "
                      f"should stay free; {advice}")
+
+
+def parts_table(mentor):
+    """How large the parts of a model are and what of them trains. -> text"""
+    lines = []
+    for name in PARTS:
+        parameters = list(mentor.get_submodule(name).parameters())
+        millions, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) / 1e6 for every in (1, 0))
+        lines.append(f"  {name:18} {millions:9.2f} M  " + (f"{trained:.2f} M trains" if trained else "frozen"))
+    return "\n".join(lines)
 
 
 def memory_table(mentor, trains, ranks, sizes=(8, 4, 2, 1)):
