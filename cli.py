@@ -1073,7 +1073,7 @@ def read_request(line, where, folder):
         raise InputError(f'{where}: has no prompt; add "prompt": "..."')
     request = from_json(Request, known, where, {"seed": (0, 2**53 - 1), "n": (1, 1000)}, ("where", "line"))
     refs, subjects = ([texts] if isinstance(texts, str) else texts or [] for texts in (request.refs, request.subjects))
-    if re.search("[\ud800-\udfff]", "".join([request.prompt, *subjects])):
+    if half_a_letter("".join([request.prompt, *subjects])):
         raise InputError(f"{where}: holds half of a letter (a lone surrogate); write the whole one")
     if subjects and len(subjects) != len(refs):
         raise InputError(f"{where}: has {len(subjects)} subject(s) for {len(refs)} ref(s); give one for each, or none")
