@@ -137,7 +137,7 @@ def run(main):
         code = 130
     except SystemExit as end:
         code = end.code
-    if Ranks.joined:                           # while Python shuts down, a thread of gloo's that lets go of a tensor
+    if Ranks.group is not None:                # while Python shuts down, a thread of gloo's that lets go of a tensor
         sys.stdout.flush()                     # would abort the process (pytorch pull request 179291)
         sys.stderr.flush()
         os._exit(code or 0)
@@ -367,7 +367,8 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    joined: typing.ClassVar[bool] = False      # whether this process ever joined others
+    # of all, once joined; never let go, because its end waits for threads that may be waiting for Python's lock
+    group: typing.ClassVar[object] = None
 
     @classmethod
     def join(cls, device=None):
@@ -382,7 +383,7 @@ class Ranks:
             if name.startswith("cuda"):
                 options |= {"backend": "nccl", "device_id": torch.device(name)}
             dist.init_process_group(**options)
-            cls.joined = True
+            cls.group = dist.group.WORLD
         return cls(dist.get_rank(), dist.get_world_size(), torch.device(name))
 
     def leave(self):
@@ -1092,7 +1093,7 @@ def read_request(line, where, folder):
         raise InputError(f'{where}: has no prompt; add "prompt": "..."')
     request = from_json(Request, known, where, {"seed": (0, 2**53 - 1), "n": (1, 1000)}, ("where", "line"))
     refs, subjects = ([texts] if isinstance(texts, str) else texts or [] for texts in (request.refs, request.subjects))
-    if re.search("[\ud800-\udfff]", "".join([request.prompt, *subjects])):
+    if half_a_letter("".join([request.prompt, *subjects])):
         raise InputError(f"{where}: holds half of a letter (a lone surrogate); write the whole one")
     if subjects and len(subjects) != len(refs):
         raise InputError(f"{where}: has {len(subjects)} subject(s) for {len(refs)} ref(s); give one for each, or none")

@@ -206,6 +206,7 @@ def collate(samples):
 # Rows
 
 TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi", "icl")
+UNNAMED = ("t2i", "reconstruct", "caption", "picture")         # tasks whose images no subject is looked for in
 KINDS = {task: i for i, task in enumerate((*TASKS, "background"))}
 FLAGS = ("generation_only", "input_img_list", "do_replace", "do_mask", "in_context")
 INDEX = [("task", "u1"), ("captions", "?"), ("reversible", "?")]         # what is kept of a row
@@ -516,7 +517,7 @@ class TaskData(Dataset):
         (T,), labels (CAPTION_TOKENS,)
         """
         background = self.background(row, rng, problems) if task == "recover" else None
-        subjects = () if task in ("t2i", "reconstruct", "caption", "picture") else row.objects
+        subjects = () if task in UNNAMED else row.objects
         doubts = []
         # recovery is painted at twice the size, for CLIP's preprocessing to average
         prompt, images, target = compose(task, row, swapped, rng, doubts, background, 2 * self.processor.image_size)

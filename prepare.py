@@ -452,6 +452,7 @@ def parquet(*paths):
         packed |= not is_text[image]
 
     def entries():
+        """Yields where a row stands and (picture, captions), or an InputError in their place."""
         for path, (image, caption) in columns.items():
             number = 0
             try:                               # buffered: else a whole row group, often a whole file, is held

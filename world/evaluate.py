@@ -300,11 +300,12 @@ ABLATION = Table({
     "without segmentation in stage 2": Variant((Run("1"), Run("2", ("--without", "segment"))), (.412, .918, .378)),
     "without text to image": Variant((Run("1"), Run("2", ("--without", "t2i")))),
 }, tuple(COLUMNS))
-PUBLISHED = ("--prefix-rope", "identity")              # a query connector's rows have no place for the grid rotation
+PUBLISHED = ("--prefix-rope", "identity")              # the bundled weights' grid has no places for a query's rows
 ARCHITECTURES = Table({            # each with a connector that starts from random weights, at stage 2's learning rate
-    "MLP connector": Variant((Run("2", ("--connector", "released", *PUBLISHED)),)),
+    "MLP connector": Variant((Run("2", ("--connector", "released")),)),
     "query connector": Variant((Run("2", ("--connector", "query", *PUBLISHED)),)),
-    "MLP, several images": Variant((Run("multi", ("--lr", "2e-3", "--connector", "released", *PUBLISHED)),)),
+    "MLP, several images": Variant((Run("multi", ("--lr", "2e-3", "--connector", "released")),)),
+    "MLP, prefix without rotation": Variant((Run("2", ("--connector", "released", *PUBLISHED)),)),
 }, ("CP", "PF", "CP*PF", "L2"))
 
 

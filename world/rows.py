@@ -356,8 +356,7 @@ class EmojiData(Dataset):
                 "style": picture.description.style, "mask": picture.masks[0].astype(np.uint8),
                 "appearances": [sprite.appearance for sprite in picture.sprites]}
         sample = {"task": task, "name": f"emoji:{k}", "key": k, "problems": [], "meta": meta}
-        named = references and task not in ("caption", "reconstruct")
-        sample |= self.processor(prompt, references, names if named else ())
+        sample |= self.processor(prompt, references, () if task in data.UNNAMED else names)
         if task == "caption":
             return sample | {"labels": data.caption_labels(self.processor.tokenizer, picture.caption)}
         return sample | {"target": data.target_pixels(target, self.image_size)}
