@@ -41,7 +41,7 @@ def draw(mentor, about, fields, tell, stop):
             due = 5 * time.perf_counter() - 4 * began          # a fifth of the time at most
 
     images = sample.draw(mentor, args, requests, range(args.seed, args.seed + args.n), show)
-    return sample.save_all(images, "out", about | args.sampling | {
+    return cli.save_all(images, "out", about | args.sampling | {
         "prompt": requests[0].prompt, "refs": [*map(os.path.basename, args.ref)], "seed": args.seed, "n": args.n})
 
 

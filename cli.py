@@ -757,6 +757,18 @@ def contact_sheet(images, columns=None, gap=4):
     return sheet
 
 
+def save_all(images, out, settings):
+    """Images to the files that `picture_names` gives, each with its seed; of several a sheet. -> those names"""
+    seeds = range(settings["seed"], settings["seed"] + len(images))
+    names, path = picture_names(out, settings["prompt"], seeds)
+    for image, name, seed in zip(images, names, seeds):
+        save_picture(image, name, {**settings, "seed": seed, "n": 1})
+    if len(images) > 1:
+        save_picture(contact_sheet(images), path, settings)
+    print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
+    return names, path
+
+
 def captioned(images, text, places, side=144, lines=4):
     """PIL images side by side, the last one in a red frame, above a text. places: room for so many. -> PIL RGB"""
     canvas = Image.new("RGB", (places * (side + 4) + 12, side + 14 * lines), "white")

@@ -107,18 +107,6 @@ def parse(argv):
     return args
 
 
-def save_all(images, out, settings):
-    """Images to the files that `cli.picture_names` gives, each with its seed; of several a sheet. -> those names"""
-    seeds = range(settings["seed"], settings["seed"] + len(images))
-    names, path = cli.picture_names(out, settings["prompt"], seeds)
-    for image, name, seed in zip(images, names, seeds):
-        cli.save_picture(image, name, {**settings, "seed": seed, "n": 1})
-    if len(images) > 1:
-        cli.save_picture(cli.contact_sheet(images), path, settings)
-    print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
-    return names, path
-
-
 def read(processor, request, log=None):
     """A request and its references -> what the network reads; InputError names a list's line. log: is told of crops"""
     try:
@@ -230,7 +218,7 @@ def main(argv=None):
         return ranks.leave()
     images = draw(mentor, args, requests, range(args.seed, args.seed + args.n), progress=True)
     seconds, prompt = time.perf_counter() - start, requests[0].prompt
-    save_all(images, args.out, {"prompt": prompt, "refs": args.ref, "seed": args.seed, "n": args.n, **common})
+    cli.save_all(images, args.out, {"prompt": prompt, "refs": args.ref, "seed": args.seed, "n": args.n, **common})
     print(f"{seconds / args.n:.1f} s a picture of {size} x {size} pixels")
     if args.example:
         print(MORE_EXAMPLES)
