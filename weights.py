@@ -1149,13 +1149,13 @@ def matrices(*modules):
                for p in linear.parameters(recurse=False) if p.dim() == 2 and p.dtype == torch.float32)
 
 
-def t5_kept(config, itemsize, trains):
-    """Bytes a row that T5's block keeps, attention to a memory aside."""
+def t5_kept(config, itemsize, trains, norms):
+    """Bytes a row that T5's block keeps, attention to a memory aside. norms: see `stacks`"""
     width, inner, mlp = config.width, config.heads * config.head_dim, config.mlp
     if not trains:             # a frozen product keeps nothing of its input; there is no dropout
         return 4 * 2 * width + itemsize * (4 * inner + 3 * mlp)
     # residual stream and normed rows in fp32, their casts, q, k, v and result, feed-forward, dropout's masks in bytes
-    return 4 * 4 * width + itemsize * (2 * width + 4 * inner + 4 * mlp) + 2 * width + mlp
+    return 4 * norms * width + itemsize * (2 * width + 4 * inner + 4 * mlp) + 2 * width + mlp
 
 
 def trainable_blocks(mentor):
@@ -1173,7 +1173,8 @@ def connector_blocks(mentor):
 def stacks(mentor, trains, itemsize):
     """All blocks that gradients pass. Scores are not kept: attention is taken to be fused. -> list of Stack"""
     d, t5, rows, found = mentor.config.decoder, mentor.config.t5, mentor.config.prefix_tokens, []
-    kept = t5_kept(t5, itemsize, "encoder.t5" in trains)
+    norms = 2 if mentor.adapter else 4         # rows of two norms: their inputs, and normed ones for their own weights
+    kept = t5_kept(t5, itemsize, "encoder.t5" in trains, norms)
     if any(part.startswith("encoder") for part in trains):
         found.append(Stack(mentor.encoder.t5.encoder.blocks, 4 * rows * t5.width, rows * kept))
     if hasattr(mentor.encoder.t5, "decoder"):
@@ -1182,7 +1183,7 @@ def stacks(mentor, trains, itemsize):
                            CAPTION_TOKENS * kept + cross))
     else:
         length = rows + mentor.config.grid**2 - 1
-        kept = 4 * 4 * d.width + itemsize * (8 * d.width + 4 * d.hidden) + 2 * d.width    # as T5's, and rotated q, k
+        kept = 4 * norms * d.width + itemsize * (8 * d.width + 4 * d.hidden) + 2 * d.width    # as T5's, and rotated q, k
         found.append(Stack(mentor.decoder.layers, 4 * length * d.width, length * kept))
     return found
 

@@ -115,7 +115,17 @@ def full_batch(config, micro, captions):
     return batch
 
 
-def count(config, stage, micro, shards, recomputed):
+def adapted(mentor, trains, lora):
+    """The model as a run with --lora trains it on a GPU; None: without."""
+    if lora:
+        weights.add_lora(mentor, lora, trains, "mentor")
+    train.freeze(train.TokenObjective(mentor), trains)
+    if lora:
+        weights.halve_frozen(mentor)
+    return mentor
+
+
+def count(config, stage, micro, shards, recomputed, lora):
     """Peak bytes of a rank in its second step, when the optimizer's moments exist. shards: 1 = DDP"""
     row, storages, mesh = train.STAGES[stage], Storages(), None
     flags = ["--fsdp"] * (shards > 1) + ["--checkpoint-activations"] * recomputed
@@ -125,8 +135,8 @@ def count(config, stage, micro, shards, recomputed):
         mesh = dist.init_device_mesh("cpu", (shards,))
     try:
         with pretended(storages, mesh):
-            objective = train.TokenObjective(Mentor(config, t5_decoder=stage == "connector"))
-            train.freeze(objective, row.trains)
+            mentor = adapted(Mentor(config, t5_decoder=stage == "connector"), row.trains, lora)
+            objective = train.TokenObjective(mentor)
             model = train.wrap(objective, args, cli.Ranks(0, shards, torch.device("cpu")))
             optimizer, = train.make_optimizers(objective, row)
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -150,11 +160,11 @@ def count(config, stage, micro, shards, recomputed):
 # ---------------------------------------------------------------------------------------------------------------------
 # The formula
 
-FULL_SIZE = {"connector": 512, "1": 512, "2": 512, "multi": 1280}               # rows of the prefix
+FULL_SIZE = {"connector": 512, "1": 512, "2": 512, "multi": 1280, "icl": 1536}               # rows of the prefix
 
 
 def cases():
-    """(connector, stage, FSDP's ranks, recomputed, micro-batch), all but the first for the slow run."""
+    """(connector, stage, FSDP's ranks, recomputed, micro-batch, rank of LoRA), all but the first for the slow run."""
     most, least = (1, False), (8, True)
     chosen = [("released", "2", shards, recomputed, 8) for shards in (1, 8) for recomputed in (False, True)]
     for way in (most, least):
@@ -162,19 +172,23 @@ def cases():
                    ("released", "multi", *way, 3)]
     chosen += [("query", "2", *most, 8), ("query", "multi", *least, 3), ("query", "1", *least, 4),
                ("query", "connector", *least, 3)]
+    chosen = [(*case, None) for case in chosen]
+    chosen += [("released", stage, 1, recomputed, micro, 16) for stage, recomputed, micro in (
+        ("2", False, 2), ("2", True, 4), ("1", True, 3), ("multi", True, 1), ("icl", False, 1))]
+    chosen += [("query", "2", 1, True, 2, 16)]
     for i, case in enumerate(chosen):
         yield pytest.param(*case, marks=pytest.mark.full if i else ())
 
 
-@pytest.mark.parametrize("connector, stage, shards, recomputed, micro", list(cases()))
-def test_the_formula_is_within_5_percent_of_a_count(connector, stage, shards, recomputed, micro):
+@pytest.mark.parametrize("connector, stage, shards, recomputed, micro, lora", list(cases()))
+def test_the_formula_is_within_5_percent_of_a_count(connector, stage, shards, recomputed, micro, lora):
     rows = 512 if connector == "query" else FULL_SIZE[stage]
     config = replace(MentorConfig(), connector=connector, prefix_tokens=rows)
     with torch.device("meta"):
-        mentor = Mentor(config, t5_decoder=stage == "connector")
+        mentor = adapted(Mentor(config, t5_decoder=stage == "connector"), train.STAGES[stage].trains, lora)
     way = weights.Way(shards > 1, recomputed, micro)
     rows = weights.training_memory(mentor, train.STAGES[stage].trains, shards, way)
-    counted = count(config, stage, micro, shards, recomputed) / GIB
+    counted = count(config, stage, micro, shards, recomputed, lora) / GIB
     print(f"counted {counted:.2f} GiB, formula {sum(rows.values()):.2f}: "
           + ", ".join(f"{what} {gib:.2f}" for what, gib in rows.items()))
     assert sum(rows.values()) == pytest.approx(counted, rel=0.05)
