@@ -414,7 +414,7 @@ def run_ablation(args):
 
 
 def run_architectures(args):
-    """Trains a new MLP connector, a new query connector and, with several images, a new MLP with equal budgets."""
+    """Trains new connectors with equal budgets: MLP, query, MLP with several images, MLP without rotation."""
     run_table("architectures", ARCHITECTURES, args)
 
 
