@@ -643,6 +643,8 @@ def construct(args):
     cli.probe(os.path.join(args.out, "data.jsonl"))
     segmenter = SEGMENTERS[args.segmenter](args)
     with cli.lock(os.path.join(args.out, ".lock")):
+        for made in ("masks", "synthetic"):
+            cli.clean(os.path.join(args.out, made, "any"))
         store = Store(args.out)
         model = LanguageModel(args, store)
         if args.coordinates == "auto":

@@ -313,12 +313,20 @@ def test_a_killed_run_goes_on_asks_nothing_twice_and_ends_like_an_uninterrupted_
     sheet = (tmp_path / "whole" / "look.png").read_bytes()
     questions = len(server.seen)
     server.seen.clear()
-    arrived = threading.Event()
-    server.bend = {"box": lambda answer, tries, asked: answer if len(server.seen) < 12 or arrived.set() else answer}
+    arrived, killed = threading.Event(), threading.Event()
+
+    def late(answer, *_):
+        if len(server.seen) >= 12:
+            arrived.set()
+            killed.wait(60)
+        return answer
+
+    server.bend = {"box": late}
     process = run(flags(server, tmp_path / "in", tmp_path / "out"), module="construct")
     assert arrived.wait(60)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    killed.set()
     kept = (tmp_path / "out" / "answers.log").read_bytes()
     (tmp_path / "out" / "answers.log").write_bytes(kept[:-9])            # the last line is torn
     time.sleep(0.5)
@@ -337,12 +345,13 @@ def test_a_killed_run_goes_on_asks_nothing_twice_and_ends_like_an_uninterrupted_
 @pytest.mark.full
 def test_ctrl_c_keeps_the_answers_that_are_under_way(tmp_path, server):
     emoji(tmp_path / "in", server, n=2)
-    arrived = threading.Event()
-    server.bend = {"caption": lambda answer, *_: arrived.set() or time.sleep(0.7) or answer}
+    both, stopped = threading.Barrier(3), threading.Event()
+    server.bend = {"caption": lambda answer, *_: both.wait(60) < 0 or stopped.wait(60) and answer}
     process = run(flags(server, tmp_path / "in", tmp_path / "out", "--parallel", 2), module="construct")
-    assert arrived.wait(60)
-    time.sleep(0.3)
+    both.wait(60)
     process.send_signal(signal.SIGINT)
+    time.sleep(2)                              # until it has heard
+    stopped.set()
     assert "Traceback" not in finish(process, 130)
     answers = [json.loads(line)["about"] for line in (tmp_path / "out" / "answers.log").read_text().splitlines()]
     assert len(answers) == 3 and answers[0].startswith("coordinates: ")
