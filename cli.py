@@ -899,6 +899,16 @@ def read_json(path, what, most=64 << 20):
         raise InputError(f"{path}: is {found}" if found else f"{error}; it should hold {what}") from None
 
 
+def read_text(path, what):
+    """What a small UTF-8 file says. what: should be there, for the message"""
+    check_file(path, what, most=1 << 20)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({str(error):.100}); it should hold {what}") from None
+
+
 def shortly(value):
     """A value for a message, however long or deep it is."""
     return reprlib.repr(value)[:60]

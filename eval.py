@@ -66,22 +66,12 @@ def images_in(folder):
                  if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
 
 
-def read_text(path, what):
-    """A small UTF-8 file. what: should be there, for the message"""
-    cli.check_file(path, what, most=1 << 20)
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({str(error):.100}); it should hold {what}") from None
-
-
 def read_dreambench(path):
     """DreamBench's prompts_and_classes.txt -> {subject: class}, prompts for objects, prompts for live subjects.
 
     In a prompt, {1} stands for the class. https://github.com/google/dreambooth/tree/main/dataset
     """
-    text = read_text(path, "DreamBench's prompts; --data takes its folder")
+    text = cli.read_text(path, "DreamBench's prompts; --data takes its folder")
     sections = re.split(r"^(?:Object|Live Subject) Prompts$", text, flags=re.MULTILINE)
     if len(sections) != 3:
         raise InputError(f"{path}: has no 'Object Prompts' and 'Live Subject Prompts'; use DreamBench's own file")
@@ -130,7 +120,7 @@ def collection_id(category, number, subject):
 def read_captions(path, reference):
     """DreamBench++'s text file of a picture. -> subject, list of up to nine prompts"""
     what = f"the subject and the nine prompts of {reference}, one on each line"
-    lines = [line.strip() for line in read_text(path, what).splitlines() if line.strip()]
+    lines = [line.strip() for line in cli.read_text(path, what).splitlines() if line.strip()]
     if not 2 <= len(lines) <= 10:
         raise InputError(f"{path}: has {len(lines)} lines; it should hold {what}")
     return lines[0], lines[1:]

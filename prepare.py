@@ -598,14 +598,7 @@ def beside(names, stem, endings):
 def caption_of(folder, stem, names):
     """What STEM.txt says, else STEM.caption, "" if neither does."""
     for name in beside(names, stem, (".txt", ".caption")):
-        path = os.path.join(folder, name)
-        cli.check_file(path, "a caption", most=1 << 20)
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                text = file.read().strip()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not readable as UTF-8 text ({error}); save it again") from None
-        if text:
+        if text := cli.read_text(os.path.join(folder, name), "a caption, as UTF-8 text").strip():
             return text
     return ""
 

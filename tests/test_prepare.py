@@ -705,7 +705,7 @@ def test_unreadable_captions_and_names_leave_out_their_picture_alone(tmp_path, c
     assert [row["input_text"] for row in rows] == ["a", "a", "", "", "a", "a", ""]
     printed = capsys.readouterr().out
     assert "1 entries cannot be used\n       1  a file that cannot be read; first " in printed
-    assert "dog-00.txt: not readable as UTF-8 text" in printed
+    assert "dog-00.txt: cannot be read" in printed
 
 
 def test_thousands_of_pictures_make_as_many_rows(tmp_path, capsys):

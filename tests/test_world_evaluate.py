@@ -157,7 +157,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path, small, judge):
             (["grid", "--out", str(tmp_path / "grid.txt")], "end the name in .png"),
             (["grid", "--weights", small, "--rows", "90", "--out", str(tmp_path / "grid.png")], "89 held-out subjects"),
             (["ablation", "--init", small, "--judge", judge, "--steps", "2"], "give 3 or more"),
-            (["ablation", "--init", small, "--judge", judge, "--out", str(tmp_path)], "budget.json: not readable")):
+            (["ablation", "--init", small, "--judge", judge, "--out", str(tmp_path)], "budget.json: is no JSON")):
         with pytest.raises(InputError, match=message):
             evaluate.main(command)
 

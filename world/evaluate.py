@@ -13,7 +13,6 @@ twice. `*_ceiling` is the same score of the tokenizer's copy of the target, whic
 exceed. The judge itself is in `judge.py`; `eval.py` has the public benchmarks. The last file of this folder.
 """
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -350,15 +349,6 @@ def train_variant(args, name, variant):
     return weights_of
 
 
-def read_json(path):
-    """A JSON file that this script wrote."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); remove it and give the same command again") from None
-
-
 def score_variant(folder, judge, args):
     """Scores the weights in a folder, unless their scores are there already. -> {task: {score: mean}}"""
     path = os.path.join(folder, f"world-{args.samples}-{args.seed}.json")
@@ -366,7 +356,7 @@ def score_variant(folder, judge, args):
         results, sheet = score_world(weights.load(folder), judge, args)
         save_image(sheet, os.path.join(folder, "world.png"))
         cli.write_json(path, results)
-    return read_json(path)
+    return cli.read_json(path, "scores; remove it, and the same command makes them anew")
 
 
 def print_table(table, scored):
@@ -392,7 +382,7 @@ def run_table(name, table, args):
     path = os.path.join(args.out, "budget.json")
     if not os.path.exists(path):
         cli.write_json(path, budget)
-    earlier = read_json(path)
+    earlier = cli.read_json(path, "the budget of these trainings; remove it if they shall begin anew")
     if earlier != budget:
         raise InputError(f"{path}: was begun with {earlier}, not {budget}; give the same or another --out")
     args.tests = list(dict.fromkeys(COLUMNS[column][0] for column in table.columns))
