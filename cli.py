@@ -173,6 +173,12 @@ positive_float = checked(float, lambda value: 0 < value < math.inf, "a number ab
 nonnegative_float = checked(float, lambda value: 0 <= value < math.inf, "a number, 0 or above")
 
 
+def add_fit_flag(group):
+    """What becomes of pictures that are no squares."""
+    group.add_argument("--fit", choices=["crop", "pad"], default="crop", help="of pictures that are not square the "
+                       "centre, as in the published training (default), or all between black bars")
+
+
 def add_sampling_flags(group):
     """The flags of model.Sampling; `given_sampling` reads them."""
     group.add_argument("--cfg", type=float, dest="cfg_scale", help="classifier-free guidance; 1 = none")

@@ -890,6 +890,7 @@ def look(args):
         processor = data.Processor(weights.load_tokenizer(args.tokenizer), max_tokens=args.max_tokens)
     else:                                                      # no prompt is too long for this one
         processor = data.Processor(weights.byte_tokenizer(), image_tokens=1, max_tokens=1 << 16)
+    processor.fit = args.fit
     dataset = data.TaskData(args.data, processor, 256, backgrounds=args.backgrounds, unusable=1)
     shown = {task: [] for task in dataset.tasks}
     for sample in usable_samples(dataset, args.workers):
@@ -918,6 +919,7 @@ def encode(args):
     vqgan, size = mentor.vqgan.to(device), mentor.check_size(args.size or mentor.config.image_size)
     # the codes are of the targets alone, so prompts and references are made as small as they can be
     processor = data.Processor(weights.byte_tokenizer(), image_tokens=1, max_tokens=1 << 16, image_size=32)
+    processor.fit = args.fit
     dataset = data.TaskData(args.data, processor, size, backgrounds=args.backgrounds, unusable=1)
     samples, keys, tokens = usable_samples(dataset, args.workers), [], []
     while group := list(islice(samples, args.batch)):
@@ -927,9 +929,9 @@ def encode(args):
     if not tokens:
         raise InputError("there is no usable sample to encode; fix the problems above")
     keys, first = np.unique(keys, return_index=True)           # ascending; of equal lines one is enough
+    made = {"image_size": str(size), "vqgan": weights.fingerprint(vqgan), "fit": args.fit}
     with cli.atomic_file(path) as temporary:
-        weights.write_tensors({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, temporary,
-                              metadata={"image_size": str(size), "vqgan": weights.fingerprint(vqgan)})
+        weights.write_tensors({"keys": torch.from_numpy(keys), "tokens": torch.cat(tokens)[first]}, temporary, made)
     print(f"wrote {path}")
 
 
@@ -941,6 +943,7 @@ def add_data_flags(command):
     command.add_argument("data", nargs="+", metavar="DATA.jsonl")
     command.add_argument("--backgrounds", nargs="+", default=[], metavar="JSONL", help="pictures for recovery")
     command.add_argument("--workers", type=cli.natural, default=2, help="processes that read pictures (default 2)")
+    cli.add_fit_flag(command)
 
 
 def main(argv=None):

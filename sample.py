@@ -53,8 +53,7 @@ def parse(argv):
     what.add_argument("--ref", action="append", default=[], metavar="IMAGE", help="a reference; repeat for several")
     what.add_argument("--subject", action="append", default=[], metavar="NAME",
                       help="what a reference shows, in order of --ref; default: its file's name")
-    what.add_argument("--fit", choices=["crop", "pad"], default="crop", help="of references that are not square the "
-                      "centre, as in training (default), or all between black bars")
+    cli.add_fit_flag(what)
     what.add_argument("--task", choices=["segment", "reconstruct"], help="instead of drawing it anew")
     what.add_argument("--n", type=cli.checked(int, lambda n: 0 < n <= 1000, "a whole number from 1 to 1000"),
                       help="images (default 1, for GenEval 4); several of one --prompt get a contact sheet")

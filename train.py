@@ -130,8 +130,7 @@ def make_parser(stages, description):
     source.add_argument("--backgrounds", action="append", metavar="JSONL",
                         help="images for the recovery task; default: backgrounds.jsonl there")
     source.add_argument("--codes", metavar="FOLDER", help="what `prepare.py encode` made of --data")
-    source.add_argument("--fit", choices=["crop", "pad"], default="crop", help="of pictures that are not square the "
-                        "centre (default), or all between black bars")
+    cli.add_fit_flag(source)
     source.add_argument("--workers", type=cli.natural, default=2, help="processes that load images, per rank")
     how = parser.add_argument_group("how long and how fast (default: as the stage's row says)")
     how.add_argument("--steps", type=cli.positive_int, help="optimizer steps, instead of epochs")
@@ -357,9 +356,7 @@ def task_data(args, stage, mentor, log):
     """Training data, validation data (or None) and what sheets are sampled from, of JSONL files."""
     options = {"processor": mentor.processor, "image_size": mentor.config.image_size}
     extra = options | {"seed": args.seed, "backgrounds": args.backgrounds or ()}
-    codes = weights.Codes(args.codes, mentor.vqgan, mentor.config.image_size) if args.codes else None
-    if args.codes and args.fit == "pad":
-        raise InputError("--codes were made of central squares; leave out --fit pad, or --codes")
+    codes = weights.Codes(args.codes, mentor.vqgan, mentor.config.image_size, args.fit) if args.codes else None
     train = data.TaskData(args.data, weights=stage.tasks, codes=codes, **extra)
     for problem in train.problems:
         log(f"skipped {problem}")

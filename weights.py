@@ -1091,7 +1091,7 @@ def fingerprint(vqgan):
 class Codes:
     """VQ tokens written by `python prepare.py encode`, found by a sample's key."""
 
-    def __init__(self, folder, vqgan, image_size):
+    def __init__(self, folder, vqgan, image_size, fit="crop"):
         self.path, self.file = os.path.join(folder, "codes.safetensors"), None
         self.vocabulary = vqgan.config.codes
         cli.check_file(self.path, "codes, made with `python prepare.py encode`")
@@ -1100,11 +1100,14 @@ class Codes:
                 keys, metadata, tokens = file.get_tensor("keys"), file.metadata(), file.get_slice("tokens")
                 shape, kind = list(tokens.get_shape()), tokens.get_dtype()
             made_for, made_by = int(metadata["image_size"]), metadata["vqgan"]
+            made_with = metadata.get("fit", "crop")            # files of before there was a choice lack it
         except Exception as error:             # truncated and foreign files fail in many ways
             raise InputError(f"{self.path}: no codes ({str(error):.200}); make them with `python prepare.py encode`"
                              ) from None
         if made_for != image_size:
             raise InputError(f"{self.path}: made for pictures of {made_for} pixels, not {image_size}; encode again")
+        if made_with != fit:
+            raise InputError(f"{self.path}: made with --fit {made_with}, not {fit}; encode again, or give that one")
         if made_by != fingerprint(vqgan):
             raise InputError(f"{self.path}: made with another VQGAN than this model's; encode again")
         expected = [len(keys), (image_size // vqgan.factor)**2] if keys.dim() == 1 else None

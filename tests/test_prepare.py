@@ -61,8 +61,9 @@ def every_task(folder):
     ])
 
 
-def load(path, **options):
+def load(path, fit="crop", **options):
     processor = data.Processor(weights.byte_tokenizer(), image_tokens=4, max_tokens=128, image_size=CLIP)
+    processor.fit = fit
     return TaskData([path], processor, SIZE, **options)
 
 
@@ -81,17 +82,23 @@ def run(*command, cwd=ROOT):
 @pytest.fixture
 def encoded(tmp_path, capsys):
     """A JSONL of every task, its codes, what the command printed, and the model whose VQGAN made them."""
+    return encode(tmp_path, capsys, "crop")
+
+
+def encode(tmp_path, capsys, fit):
     train, codes = every_task(tmp_path), str(tmp_path / "codes")
     mentor = weights.random_model(TINY, weights.byte_tokenizer())
     weights.save(mentor, str(tmp_path / "tiny"))
-    prepare.main(["encode", train, "--weights", str(tmp_path / "tiny"), "--out", codes, "--workers", "0"])
+    prepare.main(["encode", train, "--weights", str(tmp_path / "tiny"), "--out", codes, "--workers", "0",
+                  "--fit", fit])
     return train, codes, capsys.readouterr().out, mentor
 
 
-def test_encoded_targets_stand_in_for_pixels(encoded):
-    train, codes, printed, mentor = encoded
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_encoded_targets_stand_in_for_pixels(tmp_path, capsys, fit):
+    train, codes, printed, mentor = encode(tmp_path, capsys, fit)
     assert "train.jsonl:9: " in printed
-    pixels, tokens = load(train), load(train, codes=weights.Codes(codes, mentor.vqgan, SIZE))
+    pixels, tokens = load(train, fit), load(train, fit, codes=weights.Codes(codes, mentor.vqgan, SIZE, fit))
     for task in data.TASKS:
         entries = pixels.entries[task][:-1] if task == "reconstruct" else pixels.entries[task]
         for entry in entries:
@@ -109,6 +116,8 @@ def test_codes_serve_only_their_own_rows_size_and_vqgan(encoded, tmp_path):
     codes = str(tmp_path / "moved")
     with pytest.raises(InputError, match="pictures of 24 pixels, not 48"):
         weights.Codes(codes, mentor.vqgan, 48)
+    with pytest.raises(InputError, match="made with --fit crop, not pad"):
+        weights.Codes(codes, mentor.vqgan, SIZE, "pad")
     other = weights.random_model(TINY, weights.byte_tokenizer(), seed=1)
     with pytest.raises(InputError, match="another VQGAN"):
         weights.Codes(codes, other.vqgan, SIZE)
