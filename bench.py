@@ -28,10 +28,11 @@ import cli
 import data
 from cli import InputError
 from encoder import MultimodalEncoder
+from fast import Graphs, compile_blocks, use_fast_products
 from model import SIZES, Decoder, Mentor, Prefix, Sampling, sample_tokens
 from train import STAGES, TokenObjective, freeze, make_optimizers
 from vqgan import VQGAN
-from weights import DTYPES, Graphs, byte_tokenizer, compile_blocks, use_fast_products
+from weights import DTYPES, byte_tokenizer
 
 CARDS = (8, 12, 16, 24)          # GB of common graphics cards
 TEXT = 64                        # rows of a prompt beside its pictures

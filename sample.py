@@ -195,7 +195,7 @@ def main(argv=None):
         print(ABOUT_TINY)
     if args.weights.startswith("random"):
         print("weights: random, so the image will be noise; for real images use --weights tiny, mentor or a folder")
-    large = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
+    large = mentor.config.decoder.width >= 768
     if not large and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)               # a small model gains nothing from two, which wait for each other
     if args.compile is None:                   # on a GPU: a minute, to save 2 s an image

@@ -12,6 +12,7 @@ from PIL import Image
 
 import cli
 import data
+import fast
 import weights
 from cli import InputError
 from encoder import QueryConfig
@@ -123,7 +124,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(prefix_rope):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_fast_products_and_a_large_window_sample_the_tokens_of_the_plain_loop(monkeypatch, batch):
     model = tiny()
-    weights.use_fast_products(model.decoder)
+    fast.use_fast_products(model.decoder)
     prefix, tokens = random_prefix([20, 9, 20, 14, 11][:batch]), []
     for rows, stride in ((0, 1), (weights.LEFT_ROWS, 1), (weights.LEFT_ROWS, 16)):
         monkeypatch.setattr(weights, "LEFT_ROWS", rows)        # 0: the ordinary product everywhere
@@ -142,8 +143,8 @@ def test_compiled_blocks_sample_the_tokens_of_the_plain_loop():
     model = tiny(multiple_of=2112)                             # so that both ways of summing are met
     prefix, sampling = random_prefix([20, 9]), Sampling(3.0, 0, 64)
     plain = model.generate(prefix, [0, 1], sampling)
-    weights.use_fast_products(model.decoder)
-    weights.compile_blocks(model.decoder)
+    fast.use_fast_products(model.decoder)
+    fast.compile_blocks(model.decoder)
     assert torch.equal(model.generate(prefix, [0, 1], sampling), plain)
 
 
@@ -204,7 +205,7 @@ def test_steps_recorded_as_graphs_do_what_steps_do(monkeypatch):
     device, before = Device(model, prefix), (tokens.clone(), uniform.clone())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(device))
     monkeypatch.setattr(torch.cuda, "graph", device.record)
-    step = weights.Graphs(device.step, device.cache)
+    step = fast.Graphs(device.step, device.cache)
     device.cache.stride = 16                                   # small, so that several windows are met
     close(outputs_of(step), expected, 1e-5)
     assert device.counts == {"plain": 3, "recorded": 3, "replayed": 33}    # three windows, each begun with a plain step
