@@ -9,6 +9,7 @@ Drawing reads every weight and the whole cache once a token, so its time is that
 """
 import ctypes
 import itertools
+import sys
 import warnings
 import weakref
 
@@ -76,14 +77,15 @@ def compile_blocks(decoder):
 
 def to_int8(x):
     """Rows as whole numbers of one byte and a scale each. (..., n) -> int8 (..., n), fp32 (...): x = numbers * scale"""
-    scale = x.abs().amax(dim=-1).clamp(min=1e-12) / 127
-    return (x / scale.unsqueeze(-1)).round().to(torch.int8), scale
+    scale = torch.maximum(x.amax(dim=-1), -x.amin(dim=-1)).clamp(min=1e-12) / 127
+    return (x / scale.unsqueeze(-1)).round_().to(torch.int8), scale
 
 
 # FBGEMM multiplies bytes, and adds pairs of products in 16 bits where a CPU knows nothing better: 127 x 127 x 2 is the
 # most that fits. Rows of x are therefore 7 bits wide, a sign included; two of them, one for what the other leaves over,
 # hold 14 bits, and four rows take no longer than two: reading the weight is what takes time.
 HALF, ZERO = 63, 64                # a row's numbers lie in -63..63, stored as 1..127
+fbgemm = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 packed = {}                        # by number: PyTorch's compiler cannot look into FBGEMM's form of a matrix
 following = itertools.count()
 torch.library.define("mentor::int8_product", "(Tensor rows, Tensor number, int out) -> Tensor")
@@ -92,7 +94,7 @@ torch.library.define("mentor::int8_product", "(Tensor rows, Tensor number, int o
 @torch.library.impl("mentor::int8_product", "CPU")
 def int8_product(rows, number, out):
     """Whole numbers in fp32, (n, in), times a packed matrix. -> (n, out) fp32"""
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, ZERO, packed[number.item()])
+    return fbgemm(rows, 1.0, ZERO, packed[number.item()])
 
 
 @torch.library.register_fake("mentor::int8_product")
@@ -109,8 +111,9 @@ def has_int8_products():
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8, a scale for each of its rows; for inference on a CPU.
 
-    y = x W^T with W rounded to 8 bits, x to 14 bits a row, summed in whole numbers: a row's result does not depend on
-    the other rows. Until `pack`, weight and scale are buffers, to be read and saved.
+    y = x W^T with W rounded to 8 bits. Packed, for few rows, x is rounded too, to 14 bits a row, and sums are whole
+    numbers; otherwise, for the encoder's many rows, W becomes fp32 again for the moment. A row's result does not depend
+    on the other rows.
     """
 
     def __init__(self, numbers, scale, bias=None):
@@ -135,7 +138,7 @@ class Int8Linear(nn.Module):
 
     def product(self, x):
         """(n, in) -> (n, out)"""
-        if not hasattr(self, "number"):                        # no FBGEMM: x stays as it is
+        if not hasattr(self, "number"):
             if len(x) <= COMPILED_ROWS and torch.compiler.is_compiling():
                 return few_rows_product(x, self.weight.to(x.dtype)) * self.scale
             return F.linear(x, self.weight.to(x.dtype)) * self.scale
@@ -155,7 +158,9 @@ class Int8Cache(KVCache):
     """Keys and values as int8, with a scale for each head's row of each position: a quarter of the bytes."""
 
     def allocate(self, shape, like):
-        self.kv, self.scales = like.new_zeros(shape, dtype=torch.int8), like.new_zeros(shape[:-1])
+        self.kv, self.scales = like.new_empty(shape, dtype=torch.int8), like.new_zeros(shape[:-1])
+        use_huge_pages(self.kv.data_ptr(), self.kv.data_ptr() + self.kv.nbytes, MADV_HUGEPAGE)
+        self.kv.zero_()
 
     def views(self, count):
         """Each layer's first `count` positions. -> list of int8 (2, B, H, count, hd), scales (2, B, H, count)"""
@@ -177,8 +182,9 @@ class Int8Attention(Attention):
             return super().attend(q, k, v, mask, None, at)
         (k, v), (k_scale, v_scale) = kv, scales
         scores = (q * k.to(q.dtype)).sum(dim=-1) * (k_scale * q.size(-1)**-0.5) + mask.squeeze(2)         # (B, H, keys)
-        weights = scores.softmax(dim=-1) * v_scale
-        return (weights.unsqueeze(-1) * v.to(q.dtype)).sum(dim=-2, keepdim=True)          # (B, H, 1, hd)
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()                      # softmax, but for its divisor
+        y = ((weights * v_scale).unsqueeze(-1) * v.to(q.dtype)).sum(dim=-2)               # (B, H, hd)
+        return (y / weights.sum(dim=-1, keepdim=True)).unsqueeze(2)                       # (B, H, 1, hd)
 
 
 def int8_linears(network):
@@ -213,42 +219,39 @@ def is_int8(network):
     return any(isinstance(module, Int8Linear) for module in network.modules())
 
 
-@torch.no_grad()
-def read_in_int8(network):
-    """Rounds what is not rounded yet, a layer at a time, and makes its products those of int8."""
-    for name, module in int8_linears(network).items():
-        if isinstance(module, nn.Linear):
-            module = Int8Linear(*to_int8(module.weight.float()), module.bias)
-            exchange(network, name, module)
-        module.pack()
-
-
 def decode_in_int8(decoder):
-    """The same for a decoder, whose cache becomes one of int8, too."""
-    read_in_int8(decoder)
-    use_huge_pages()
+    """Makes a decoder's products and cache those of int8; rounds what is not rounded yet."""
+    round_to_int8(decoder)
+    for module in int8_linears(decoder).values():
+        module.pack()
+    collapse_to_huge_pages()
     for layer in decoder.layers:
         layer.attention.__class__ = Int8Attention
     decoder.cache = Int8Cache
 
 
-HUGE, MADV_COLLAPSE = 2 << 20, 25
+# What is read from end to end for every token is read half as fast again from pages of 2 MiB: there are fewer addresses
+# to look up. Linux has to be asked.
+HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2 << 20, 14, 25
 
 
-def use_huge_pages():
-    """Has Linux (6.1 and later) put this process's memory together to pages of 2 MiB, where it can. What is read from
-    end to end for every token is then read half as fast again: fewer addresses have to be looked up."""
-    try:
-        with open("/proc/self/maps", encoding="utf-8") as file:
-            regions = [line.split() for line in file]
-        advise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):          # another system
+def use_huge_pages(start, end, advice):
+    """Asks Linux for huge pages in a range of addresses, which it may or may not grant. advice: MADV_HUGEPAGE for memory
+    that nothing was written to, MADV_COLLAPSE (Linux 6.1) to move what was."""
+    start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
+    if sys.platform == "linux" and start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+
+
+def collapse_to_huge_pages():
+    """All memory of this process, because FBGEMM does not tell where its matrices lie."""
+    if sys.platform != "linux":
         return
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        regions = [line.split() for line in file]
     for addresses, access, _, _, _, *name in regions:
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
-        if access == "rw-p" and name in ([], ["[heap]"]) and start < end:
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)
+        if access == "rw-p" and name in ([], ["[heap]"]):
+            use_huge_pages(*(int(address, 16) for address in addresses.split("-")), MADV_COLLAPSE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -737,8 +737,7 @@ def place(mentor, device, dtype, offload=False):
         if torch.device(device).type != "cpu":
             raise InputError(f"int8 is for drawing on a CPU, not on {device}; take bf16 there")
         fast.decode_in_int8(mentor.decoder)
-        fast.read_in_int8(mentor.encoder)
-        fast.read_in_int8(mentor.projector)
+        fast.round_to_int8(mentor)
         return mentor.eval()
     if fast.is_int8(mentor):
         raise InputError("these weights are int8, which serve for drawing on a CPU alone; give --dtype int8, or name the "
