@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Attention, KVCache
+from model import Attention, FeedForward, KVCache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fp32 on a CPU
@@ -183,8 +183,25 @@ class Int8Attention(Attention):
         (k, v), (k_scale, v_scale) = kv, scales
         scores = (q * k.to(q.dtype)).sum(dim=-1) * (k_scale * q.size(-1)**-0.5) + mask.squeeze(2)         # (B, H, keys)
         weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()                      # softmax, but for its divisor
-        y = ((weights * v_scale).unsqueeze(-1) * v.to(q.dtype)).sum(dim=-2)               # (B, H, hd)
+        scaled = (weights * v_scale).unsqueeze(-1)                                        # (B, H, keys, 1)
+        # four sums at once, which a compiler makes in one loop: a single one would wait for itself at each addition
+        y = torch.cat([(scaled * part.to(q.dtype)).sum(dim=-2) for part in v.chunk(4, dim=-1)], dim=-1)   # (B, H, hd)
         return (y / weights.sum(dim=-1, keepdim=True)).unsqueeze(2)                       # (B, H, 1, hd)
+
+
+class Int8FeedForward(FeedForward):
+    """SwiGLU whose first two products are one."""
+
+    def join(self):
+        """Puts w1 and w3 together."""
+        self.w13 = Int8Linear(*(torch.cat([getattr(part, name) for part in (self.w1, self.w3)])
+                                for name in ("weight", "scale")))
+        del self.w1, self.w3
+
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D)"""
+        gate, value = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * value)
 
 
 def int8_linears(network):
@@ -222,11 +239,12 @@ def is_int8(network):
 def decode_in_int8(decoder):
     """Makes a decoder's products and cache those of int8; rounds what is not rounded yet."""
     round_to_int8(decoder)
+    for layer in decoder.layers:
+        layer.attention.__class__, layer.feed_forward.__class__ = Int8Attention, Int8FeedForward
+        layer.feed_forward.join()
     for module in int8_linears(decoder).values():
         module.pack()
     collapse_to_huge_pages()
-    for layer in decoder.layers:
-        layer.attention.__class__ = Int8Attention
     decoder.cache = Int8Cache
 
 
