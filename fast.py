@@ -9,9 +9,12 @@ Drawing reads every weight and the whole cache once a token, so its time is that
 """
 import ctypes
 import itertools
+import os
 import sys
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +168,7 @@ class Int8Cache(KVCache):
 
     def allocate(self, shape, like):
         self.kv, self.scales = like.new_empty(shape, dtype=torch.int8), like.new_zeros(shape[:-1])
-        use_huge_pages(self.kv.data_ptr(), self.kv.data_ptr() + self.kv.nbytes, MADV_HUGEPAGE)
+        use_huge_pages(self.kv.data_ptr(), self.kv.data_ptr() + self.kv.nbytes)
         self.kv.zero_()
 
     def views(self, count):
@@ -248,34 +251,38 @@ def decode_in_int8(decoder):
     for layer in decoder.layers:
         layer.attention.__class__, layer.feed_forward.__class__ = Int8Attention, Int8FeedForward
         layer.feed_forward.join()
-    for module in int8_linears(decoder).values():
-        module.pack()
-    collapse_to_huge_pages()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(Int8Linear.pack, int8_linears(decoder).values()))
+        list(pool.map(collapse_to_huge_pages, *zip(*own_memory())))
     decoder.cache = Int8Cache
 
 
 # What is read from end to end for every token is read half as fast again from pages of 2 MiB: there are fewer addresses
 # to look up. Linux has to be asked.
-HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2 << 20, 14, 25
+HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2 << 20, 14, 25           # the last since Linux 6.1
 
 
-def use_huge_pages(start, end, advice):
-    """Asks Linux for huge pages in a range of addresses, which it may or may not grant. advice: MADV_HUGEPAGE for memory
-    that nothing was written to, MADV_COLLAPSE (Linux 6.1) to move what was."""
+def use_huge_pages(start, end, advice=MADV_HUGEPAGE):
+    """Asks Linux for huge pages in a range of addresses that nothing was written to; it may grant them."""
     start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
     if sys.platform == "linux" and start < end:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
-def collapse_to_huge_pages():
-    """All memory of this process, because FBGEMM does not tell where its matrices lie."""
-    if sys.platform != "linux":
-        return
+def collapse_to_huge_pages(start, end):
+    """Moves what lies in a range of addresses to huge pages."""
+    use_huge_pages(start, end, MADV_COLLAPSE)
+
+
+def own_memory(piece=64 << 20):
+    """All that this process has allocated, because FBGEMM does not tell where its matrices lie. -> [(start, end)]"""
+    if not os.path.exists("/proc/self/maps"):
+        return [(0, 0)]
     with open("/proc/self/maps", encoding="utf-8") as file:
         regions = [line.split() for line in file]
-    for addresses, access, _, _, _, *name in regions:
-        if access == "rw-p" and name in ([], ["[heap]"]):
-            use_huge_pages(*(int(address, 16) for address in addresses.split("-")), MADV_COLLAPSE)
+    ranges = [map(partial(int, base=16), addresses.split("-")) for addresses, access, _, _, _, *name in regions
+              if access == "rw-p" and name in ([], ["[heap]"])]
+    return [(at, min(at + piece, end)) for start, end in ranges for at in range(start, end, piece)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
