@@ -14,7 +14,7 @@ import sys
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -255,6 +255,15 @@ def decode_in_int8(decoder):
         list(pool.map(Int8Linear.pack, int8_linears(decoder).values()))
         list(pool.map(collapse_to_huge_pages, *zip(*own_memory())))
     decoder.cache = Int8Cache
+
+
+def in_bf16(function):
+    """The function, its products and convolutions in bf16 where this CPU is fast at it. -> what it returns, in fp32"""
+    @wraps(function)
+    def call(*args):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_products()):
+            return function(*args).float()
+    return call
 
 
 # What is read from end to end for every token is read half as fast again from pages of 2 MiB: there are fewer addresses

@@ -730,7 +730,7 @@ def random_model(config, tokenizer, seed=0, t5_decoder=False):
 def place(mentor, device, dtype, offload=False):
     """Moves a model for sampling. fp16 leaves the encoder in fp32, because T5 overflows; the VQGAN is always fp32.
 
-    int8 is for a CPU: linear layers and cache, all else stays in fp32 (fast.py). offload: decoder and VQGAN stay on the
+    int8 is for a CPU: linear layers and cache, all else stays as it is (fast.py). offload: decoder and VQGAN stay on the
     CPU until `Mentor.sample` has freed the encoder's room. -> the model
     """
     if dtype == torch.int8:
@@ -738,6 +738,7 @@ def place(mentor, device, dtype, offload=False):
             raise InputError(f"int8 is for drawing on a CPU, not on {device}; take bf16 there")
         fast.decode_in_int8(mentor.decoder)
         fast.round_to_int8(mentor)
+        mentor.vqgan.decode = fast.in_bf16(mentor.vqgan.decode)
         return mentor.eval()
     if fast.is_int8(mentor):
         raise InputError("these weights are int8, which serve for drawing on a CPU alone; give --dtype int8, or name the "
