@@ -329,7 +329,7 @@ def print_memory(config, args):
             rest += 3 * sum(numbers[part] - rounded[part] for part in ("decoder", "projector"))
         for flag, total in (("", encoder + rest), (" --offload", max(encoder, rest))):
             cards = [f"{card} GB" for card in CARDS if total + 0.75 * 2**30 < card * 1e9]
-            print(f"--dtype {name}{flag}".ljust(22) + f"{total / 2**30:6.1f} GiB   cards: "
+            print(f"--dtype {name}{flag}".ljust(22) + f"{total / 2**30:6.1f} GiB   {'CPUs' if name == 'int8' else 'cards'}: "
                   + (", ".join(cards) or f"none of up to {CARDS[-1]} GB"))
 
 
