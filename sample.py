@@ -136,6 +136,12 @@ def requests_of(args):
     return requests
 
 
+def to_view(pixels):
+    """(B, 3, H, W) in [-1, 1] -> PIL, small ones enlarged"""
+    side = max(1, VIEW // pixels.size(-1)) * pixels.size(-1)
+    return [data.to_image(image).resize((side, side), Image.BICUBIC) for image in pixels]
+
+
 def as_it_grows(mentor, show, size=None):
     """A function for `Mentor.sample` to call after each token. It hands `show` the pictures so far, PIL, grey where tokens
     are missing, whenever a row is complete, and less often if that took more than a fifth of the time."""
@@ -149,7 +155,7 @@ def as_it_grows(mentor, show, size=None):
             filled = torch.stack(tokens + tokens[-1:] * missing, dim=1)                   # (B, T)
             pixels = torch.cat([*map(mentor.vqgan.decode, filled.split(1))])              # (B, 3, H, W)
             pixels[:, :, len(tokens) // grid * mentor.vqgan.factor:] = 0                  # grey
-            show([data.to_image(image) for image in pixels])
+            show(to_view(pixels))
             due = 5 * time.perf_counter() - 4 * began
     return progress
 
@@ -159,8 +165,7 @@ def draw(mentor, args, requests, seeds, progress=False):
     batch = data.collate([read(mentor.processor, request) for request in requests])
     sampling = replace(mentor.config.sampling, **args.sampling)
     pixels = mentor.sample(batch, seeds, sampling, args.size, progress, args.offload)
-    side = max(1, VIEW // pixels.size(-1)) * pixels.size(-1)
-    return [data.to_image(image).resize((side, side), Image.BICUBIC) for image in pixels]
+    return to_view(pixels)
 
 
 def draw_list(mentor, args, requests, common, ranks):
