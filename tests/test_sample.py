@@ -13,6 +13,7 @@ from PIL import Image
 import cli
 import model
 import sample
+from cli import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOG = str(ROOT / "assets" / "dog.jpg")
