@@ -329,8 +329,9 @@ def print_memory(config, args):
             rest += 3 * sum(numbers[part] - rounded[part] for part in ("decoder", "projector"))
         for flag, total in (("", encoder + rest), (" --offload", max(encoder, rest))):
             cards = [f"{card} GB" for card in CARDS if total + 0.75 * 2**30 < card * 1e9]
-            print(f"--dtype {name}{flag}".ljust(22) + f"{total / 2**30:6.1f} GiB   {'CPUs' if name == 'int8' else 'cards'}: "
-                  + (", ".join(cards) or f"none of up to {CARDS[-1]} GB"))
+            what = "CPUs" if name == "int8" else "cards"
+            print(f"--dtype {name}{flag}".ljust(22) + f"{total / 2**30:6.1f} GiB   {what}: " + (
+                      ", ".join(cards) or f"none of up to {CARDS[-1]} GB"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,7 +442,8 @@ def main(argv=None):
         return
     print(f"{args.command}: size {args.size}, batch {args.batch}, {machine}, torch {torch.__version__}")
     for name, ceiling in ceilings.items():
-        print(f"ceilings of {name}: read {ceiling['read'] / 1e9:.1f} GB/s, product {ceiling['product'] / 1e9:,.0f} GFLOP/s")
+        read, product = ceiling["read"] / 1e9, ceiling["product"] / 1e9
+        print(f"ceilings of {name}: read {read:.1f} GB/s, product {product:,.0f} GFLOP/s")
     print(f"{'':34}{'time':>11}{'a second':>18}{'GB/s':>8}{'GFLOP/s':>9}{'of the ceiling':>21}")
     for row in rows:
         print(format_row(row))

@@ -647,10 +647,10 @@ def rounding(args, ranks):
     before, after = (torch.cat(losses[i::2]).mean().item() for i in (0, 1))
     same = torch.cat(same)                                                                # (count, T)
     first = same.int().cumprod(dim=1).sum(dim=1)               # tokens before the first that differs
+    whole = (first == same.size(1)).float().mean()
     print(f"{count} pictures: cross entropy {before:.4f} nats a token in fp32, {after:.4f} in {args.dtype}\n"
           f"likeliest tokens: {same.float().mean():.1%} the same; the first that differs is number "
-          f"{first.median().item():.0f} of {same.size(1)} (median); {(first == same.size(1)).float().mean():.0%} of the "
-          f"pictures the same to the end")
+          f"{first.median().item():.0f} of {same.size(1)} (median); {whole:.0%} of the pictures the same to the end")
 
 
 def add_drawing(command, what, seed=0, each="the first image, counted up"):

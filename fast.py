@@ -119,9 +119,9 @@ def has_bf16_products():
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8, a scale for each of its rows; for inference on a CPU.
 
-    y = x W^T with W rounded to 8 bits. Packed, for few rows, x is rounded too, to 14 bits a row, and sums are whole
-    numbers; otherwise, for the encoder's many rows, W becomes a float again for the moment, of 16 bits on CPUs that are
-    fast at it. A row's result does not depend on the other rows.
+    y = x W^T with W rounded to 8 bits. Packed, for a decoder's few rows, x is rounded too, to 14 bits a row, and sums are
+    whole numbers; otherwise, for an encoder's many rows, W becomes a float again for the moment, of 16 bits on CPUs that
+    are fast at it. A row's result does not depend on the other rows.
     """
 
     def __init__(self, numbers, scale, bias=None):
@@ -180,7 +180,7 @@ class Int8Attention(Attention):
     """Attention over an Int8Cache."""
 
     def attend(self, q, k, v, mask, kv, at):
-        """Several new positions, the prefix, see each other unrounded; a single one reads the cache, itself included."""
+        """Several new positions, the prefix, see each other unrounded; a single one reads the cache, and itself there."""
         if kv is None:
             return super().attend(q, k, v, mask, kv, at)
         kv, scales = kv

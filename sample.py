@@ -143,8 +143,8 @@ def to_view(pixels):
 
 
 def as_it_grows(mentor, show, size=None):
-    """A function for `Mentor.sample` to call after each token. It hands `show` the pictures so far, PIL, grey where tokens
-    are missing, whenever a row is complete, and less often if that took more than a fifth of the time."""
+    """A function for `Mentor.sample` to call after each token. It hands `show` the pictures so far, PIL, grey where
+    tokens are missing, whenever a row is complete, and less often if that took more than a fifth of the time."""
     grid = (size or mentor.config.image_size) // mentor.vqgan.factor
     due = 0.0
 

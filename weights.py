@@ -730,8 +730,8 @@ def random_model(config, tokenizer, seed=0, t5_decoder=False):
 def place(mentor, device, dtype, offload=False):
     """Moves a model for sampling. fp16 leaves the encoder in fp32, because T5 overflows; the VQGAN is always fp32.
 
-    int8 is for a CPU: linear layers and cache, all else stays as it is (fast.py). offload: decoder and VQGAN stay on the
-    CPU until `Mentor.sample` has freed the encoder's room. -> the model
+    int8 is for a CPU: linear layers and cache, all else stays as it is (fast.py). offload: decoder and VQGAN stay on
+    the CPU until `Mentor.sample` has freed the encoder's room. -> the model
     """
     if dtype == torch.int8:
         if torch.device(device).type != "cpu":
@@ -741,8 +741,8 @@ def place(mentor, device, dtype, offload=False):
         mentor.vqgan.decode = fast.in_bf16(mentor.vqgan.decode)
         return mentor.eval()
     if fast.is_int8(mentor):
-        raise InputError("these weights are int8, which serve for drawing on a CPU alone; give --dtype int8, or name the "
-                         "weights that they were made of")
+        raise InputError("these weights are int8, which serve for drawing on a CPU alone; give --dtype int8, or name "
+                         "the weights that they were made of")
     later = "cpu" if offload else device
     mentor.encoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
     mentor.projector.to(device, dtype)
@@ -1116,7 +1116,7 @@ def stacks(mentor, trains, itemsize):
                            CAPTION_TOKENS * kept + cross))
     else:
         length = rows + mentor.config.grid**2 - 1
-        kept = 4 * norms * d.width + itemsize * (8 * d.width + 4 * d.hidden) + 2 * d.width    # as T5's, and rotated q, k
+        kept = 4 * norms * d.width + itemsize * (8 * d.width + 4 * d.hidden) + 2 * d.width   # as T5's, and rotated q, k
         found.append(Stack(mentor.decoder.layers, 4 * length * d.width, length * kept))
     return found
 

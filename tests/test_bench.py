@@ -93,7 +93,8 @@ def test_every_table_can_be_had_as_json(command, monkeypatch, capsys):
     ("decode --batch 0", "argument --batch: must be a whole number from 1 to 65,536, not 0"),
     (f"decode --batch {2**53 - 1}", "argument --batch: must be"), ("train --prefix 70000", "argument --prefix: must"),
     ("encode --prefix x", "argument --prefix: must be"), ("vqgan --pixels -16", "argument --pixels: must be"),
-    ("loader --samples 0", "argument --samples: must be"), ("train --dtype int8", "int8 is for decode"), ("fly", "invalid choice"), ("train --stage 3", "invalid")])
+    ("loader --samples 0", "argument --samples: must be"), ("fly", "invalid choice"), ("train --stage 3", "invalid"),
+    ("train --dtype int8", "int8 is for decode")])
 def test_bad_flags_are_one_sentence_before_anything_is_measured(monkeypatch, flags, said):
     monkeypatch.setattr(bench, "read_rate", lambda device: pytest.fail("measured first"))
     with pytest.raises(InputError, match=said):

@@ -440,8 +440,8 @@ def test_two_processes_make_what_one_does(tmp_path, small, command):
 def test_rounding_to_fp32_changes_nothing_and_to_int8_a_little(toy, capsys):
     said = {}
     for dtype in ("fp32", "int8"):
-        evaluation.main(["rounding", "--weights", toy[0], "--data", toy[1], "--n", "6", "--batch", "4", "--device", "cpu",
-                         "--dtype", dtype])
+        evaluation.main(["rounding", "--weights", toy[0], "--data", toy[1], "--n", "6", "--batch", "4", "--dtype", dtype,
+                         "--device", "cpu"])
         said[dtype] = [float(number) for number in re.findall(r"\d+\.\d+|\d+(?=%)", capsys.readouterr().out)]
     before, after, same, to_the_end = said["fp32"]
     assert before == after and same == to_the_end == 100
