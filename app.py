@@ -6,13 +6,9 @@ import os
 import queue
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 import cli
-import data
 import sample
 import weights
 
@@ -27,21 +23,16 @@ def draw(mentor, about, fields, tell, stop):
     flags = [f"--prompt={prompt}", *(f"--ref={path}" for path, _ in refs or ())]
     flags += [f"--subject={name.strip()}" for name in subjects.split(",") if name.strip()]
     args = sample.parse(flags + [f"--{name}={value}" for name, value in zip(NUMBERS, numbers)])
-    requests, grid, due = sample.requests_of(args), mentor.config.grid, 0
+    requests, seeds = sample.requests_of(args), range(args.seed, args.seed + args.n)
+    grow = sample.as_it_grows(mentor, lambda images: tell((images, None)))
 
-    def show(tokens):
-        nonlocal due
-        began, missing = time.perf_counter(), grid * grid - len(tokens)
+    def progress(tokens):
         if stop.is_set():
             raise cli.InputError("stopped")
-        if missing % grid == 0 and began > due:
-            pixels = torch.cat([*map(mentor.vqgan.decode, torch.stack(tokens + tokens[-1:] * missing, 1).split(1))])
-            pixels[:, :, len(tokens) // grid * mentor.vqgan.factor:] = 0                  # grey
-            tell(([data.to_image(image) for image in pixels], None))
-            due = 5 * time.perf_counter() - 4 * began          # a fifth of the time at most
+        grow(tokens)
 
-    images = sample.draw(mentor, args, requests, range(args.seed, args.seed + args.n), show)
-    return cli.save_all(images, "out", about | args.sampling | {
+    images = sample.draw(mentor, args, requests, seeds, progress)
+    return cli.save_all(images, cli.picture_names("out", requests[0].prompt, seeds), about | args.sampling | {
         "prompt": requests[0].prompt, "refs": [*map(os.path.basename, args.ref)], "seed": args.seed, "n": args.n})
 
 

@@ -1,6 +1,7 @@
 """Measures speed and memory against what the machine could do.
 
     python bench.py decode                   # a token of decoder XL, one image with guidance
+    python bench.py decode --compile --dtype fp32 int8         # the same in two ways, in one run
     python bench.py train --size B           # forward, backward and optimizer step of stage 2
     python bench.py encode                   # CLIP and T5: from a prompt to the prefix
     python bench.py prefix --pictures 4      # from reference images to the first token, with an MLP and with queries
@@ -23,15 +24,17 @@ from dataclasses import replace
 
 import torch
 from PIL import Image
+from torch import nn
 
 import cli
 import data
 from cli import InputError
 from encoder import MultimodalEncoder
+from fast import Graphs, compile_blocks, decode_in_int8, use_fast_products
 from model import SIZES, Decoder, Mentor, Prefix, Sampling, sample_tokens
 from train import STAGES, TokenObjective, freeze, make_optimizers
 from vqgan import VQGAN
-from weights import DTYPES, Graphs, byte_tokenizer, compile_blocks, use_fast_products
+from weights import DTYPES, byte_tokenizer
 
 CARDS = (8, 12, 16, 24)          # GB of common graphics cards
 TEXT = 64                        # rows of a prompt beside its pictures
@@ -120,6 +123,11 @@ def product_rate(device, dtype):
     return 2 * n**3 / clock(lambda: a @ b, device)
 
 
+def computed_in(dtype):
+    """What activations are in where weights are of this type."""
+    return torch.float32 if dtype == torch.int8 else dtype
+
+
 def build(make, device, dtype):
     """A network with small random weights, much faster than by its own initialisation."""
     with torch.device("meta"):
@@ -169,8 +177,12 @@ def step_at(length, decoder, token, cache, rope):
 @torch.inference_mode()
 def bench_decode(config, args, device, dtype):
     """Prefill, then decoding steps at several positions; guidance doubles the sequences."""
+    itemsize, dtype, int8 = dtype.itemsize, computed_in(dtype), dtype == torch.int8
     decoder = build(lambda: Decoder(config.decoder, config.vision.grid), device, dtype)
-    use_fast_products(decoder)
+    if int8:
+        decode_in_int8(decoder)
+    else:
+        use_fast_products(decoder)
     if args.compile:
         compile_blocks(decoder)
     sequences = args.batch * (2 if args.guidance else 1)
@@ -183,7 +195,7 @@ def bench_decode(config, args, device, dtype):
     for length in sorted({args.prefix, (args.prefix + last + 1) // 2, last}):
         step = step_at(length, decoder, token, cache, rope)
         rows.append(timed(f"token at position {length}", step, device, tokens=args.batch,
-                          bytes=decode_bytes(config.decoder, sequences, length + 1, dtype.itemsize),
+                          bytes=decode_bytes(config.decoder, sequences, length + 1, itemsize),
                           flops=decoder_flops(config.decoder, sequences, 1, length + 1, 1)))
     logits = torch.randn(args.batch, config.decoder.codes, device=device)                 # (B, V)
     uniform = torch.rand(args.batch, device=device)
@@ -303,6 +315,8 @@ def print_memory(config, args):
     with torch.device("meta"):
         mentor = Mentor(config)
     numbers = {name: sum(p.numel() for p in part.parameters()) for name, part in mentor.named_children()}
+    rounded = {name: sum(module.weight.numel() for module in part.modules() if isinstance(module, nn.Linear))
+               for name, part in mentor.named_children()}                   # what int8 is for; all else stays in fp32
     positions = args.prefix + config.grid**2
     sequences = args.batch * (2 if args.guidance else 1)
     cache = 2 * config.decoder.layers * positions * config.decoder.width * sequences
@@ -310,10 +324,14 @@ def print_memory(config, args):
         encoder_itemsize = 4 if name == "fp16" else dtype.itemsize                        # T5 overflows in fp16
         encoder = numbers["encoder"] * encoder_itemsize
         rest = (numbers["decoder"] + numbers["projector"] + cache) * dtype.itemsize + 4 * numbers["vqgan"]
+        if name == "int8":
+            encoder = 4 * numbers["encoder"] - 3 * rounded["encoder"]
+            rest += 3 * sum(numbers[part] - rounded[part] for part in ("decoder", "projector"))
         for flag, total in (("", encoder + rest), (" --offload", max(encoder, rest))):
             cards = [f"{card} GB" for card in CARDS if total + 0.75 * 2**30 < card * 1e9]
-            print(f"--dtype {name}{flag}".ljust(22) + f"{total / 2**30:6.1f} GiB   cards: "
-                  + (", ".join(cards) or f"none of up to {CARDS[-1]} GB"))
+            what = "CPUs" if name == "int8" else "cards"
+            print(f"--dtype {name}{flag}".ljust(22) + f"{total / 2**30:6.1f} GiB   {what}: " + (
+                      ", ".join(cards) or f"none of up to {CARDS[-1]} GB"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +389,8 @@ def parse(argv):
     parser.add_argument("--stage", choices=["1", "2"], default="2", help="of train (default 2)")
     parser.add_argument("--samples", type=cli.positive_int, default=256, help="of loader (default 256)")
     parser.add_argument("--device", help="default: cuda, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, else fp32")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="one after the other; default: bf16 on cuda, else "
+                        "fp32; int8 is for decode")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(argv)
     _, size, batch, pixels = COMMANDS[args.command]
@@ -380,7 +399,9 @@ def parse(argv):
     args.pixels = args.pixels or pixels
     args.device = cli.pick_device(args.device, ("cuda", "cpu"))
     on_cuda = args.device.startswith("cuda")
-    args.dtype = args.dtype or ("bf16" if on_cuda else "fp32")
+    args.dtype = args.dtype or ["bf16" if on_cuda else "fp32"]
+    if "int8" in args.dtype and (args.command != "decode" or on_cuda):
+        raise InputError("--dtype int8 is for decode on a CPU; take another one")
     if args.compile is None:
         args.compile = args.command == "decode" and on_cuda
     return args
@@ -400,14 +421,17 @@ def config_for(args):
 def main(argv=None):
     """Measures, and prints the table or a JSON object."""
     args = parse(argv)
-    config, device, dtype = config_for(args), torch.device(args.device), DTYPES[args.dtype]
+    config, device = config_for(args), torch.device(args.device)
     if args.command == "memory":
         print_memory(config, args)
         return
-    ceilings = {"read": read_rate(device), "product": product_rate(device, dtype)}
-    rows = COMMANDS[args.command][0](config, args, device, dtype)
-    for row in rows:
-        add_shares(row, ceilings)
+    rows, ceilings = [], {}
+    for name in args.dtype:
+        dtype = DTYPES[name]
+        ceilings[name] = {"read": read_rate(device), "product": product_rate(device, computed_in(dtype))}
+        for row in COMMANDS[args.command][0](config, args, device, dtype):
+            add_shares(row, ceilings[name])
+            rows.append(row | {"what": f"{name}: {row['what']}" if len(args.dtype) > 1 else row["what"]})
     peak = cli.used_memory(device)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -416,8 +440,10 @@ def main(argv=None):
         print(json.dumps({**vars(args), "machine": machine, "torch": torch.__version__, "ceilings": ceilings,
                           "rows": rows, "peak_gib": peak}))
         return
-    print(f"{args.command}: size {args.size}, batch {args.batch}, {args.dtype}, {machine}, torch {torch.__version__}\n"
-          f"ceilings: read {ceilings['read'] / 1e9:.1f} GB/s, product {ceilings['product'] / 1e9:,.0f} GFLOP/s")
+    print(f"{args.command}: size {args.size}, batch {args.batch}, {machine}, torch {torch.__version__}")
+    for name, ceiling in ceilings.items():
+        read, product = ceiling["read"] / 1e9, ceiling["product"] / 1e9
+        print(f"ceilings of {name}: read {read:.1f} GB/s, product {product:,.0f} GFLOP/s")
     print(f"{'':34}{'time':>11}{'a second':>18}{'GB/s':>8}{'GFLOP/s':>9}{'of the ceiling':>21}")
     for row in rows:
         print(format_row(row))

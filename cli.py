@@ -763,16 +763,15 @@ def contact_sheet(images, columns=None, gap=4):
     return sheet
 
 
-def save_all(images, out, settings):
-    """Images to the files that `picture_names` gives, each with its seed; of several a sheet. -> those names"""
-    seeds = range(settings["seed"], settings["seed"] + len(images))
-    names, path = picture_names(out, settings["prompt"], seeds)
-    for image, name, seed in zip(images, names, seeds):
+def save_all(images, files, settings):
+    """Images to the files that `picture_names` gave, each with its seed; of several a sheet. -> files"""
+    names, path = files
+    for seed, (image, name) in enumerate(zip(images, names), settings["seed"]):
         save_picture(image, name, {**settings, "seed": seed, "n": 1})
     if len(images) > 1:
         save_picture(contact_sheet(images), path, settings)
     print(f"wrote {names[0]}" + (f" to {names[-1]} and the sheet {path}" if len(images) > 1 else ""))
-    return names, path
+    return files
 
 
 def captioned(images, text, places, side=144, lines=4):

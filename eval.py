@@ -6,6 +6,7 @@
     python eval.py segment --weights W --data rows.jsonl     # IoU of drawn objects with their masks
     python eval.py reconstruct --weights W --data FOLDER     # how well a reference image is reproduced
     python eval.py cmmd A B                                  # distance between two folders of images
+    python eval.py rounding --weights W --data rows.jsonl    # what --dtype int8 costs: tokens, cross entropy
 
     benchmark's folder -> Examples -> Mentor.sample -> images --scorers.py--> results.jsonl -> table, summary.json
 
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -251,12 +253,14 @@ class Results:
 
 def load_model(args, ranks):
     """-> model whose sampling settings are its own but for the flags given, and all that decides what it draws."""
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    mentor = weights.load(args.weights, device=ranks.device, dtype=dtype)
+    dtype = args.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
+    mentor = weights.load(args.weights, device=ranks.device, dtype=weights.DTYPES[dtype])
     sampling = replace(mentor.config.sampling, **cli.given_sampling(args))
     sampling.check(mentor.config.decoder.codes)
     mentor.config = replace(mentor.config, sampling=sampling)
     settings = {name: value for name, value in vars(args).items() if name in SAMPLING}
+    if args.dtype:
+        settings["dtype"] = dtype
     return mentor, settings | {"size": mentor.config.image_size} | asdict(sampling)
 
 
@@ -613,6 +617,42 @@ def cmmd(args, ranks):
         print(f"CMMD {1000 * mmd(*sets):.3f} of {len(sets[0])} and {len(sets[1])} pictures, by CLIP {name}{note}")
 
 
+def cross_entropy(mentor, prefix, tokens):
+    """Of given tokens, predicted one by one over the cache, as drawing does. tokens: (B, T) -> (B, T)"""
+    logits, cache, rope = mentor.decoder.prefill(prefix, mentor.config.grid)
+    losses = [F.cross_entropy(logits.float(), tokens[:, 0], reduction="none")]
+    for k in range(1, tokens.size(1)):
+        logits = mentor.decoder.decode_step(tokens[:, k - 1], cache, rope)                # (B, V)
+        losses.append(F.cross_entropy(logits.float(), tokens[:, k], reduction="none"))
+    return torch.stack(losses, dim=1)
+
+
+@torch.inference_mode()
+def rounding(args, ranks):
+    """Compares weights in --dtype with the same ones in fp32, on a JSONL's rows: the cross entropy of their pictures'
+    tokens, and the tokens that either takes for the likeliest, with guidance."""
+    exact, other = (weights.load(args.weights, ranks.device, weights.DTYPES[dtype]) for dtype in ("fp32", args.dtype))
+    config = exact.config
+    dataset = data.TaskData([args.data], exact.processor, config.image_size, seed=args.seed, unusable=1)
+    count, losses, same = min(args.n, len(dataset)), [], []
+    greedy = replace(config.sampling, temperature=0)
+    for start in cli.bar(range(0, count, args.batch), unit="batch"):
+        batch = ranks.move(data.collate([dataset[k] for k in range(start, min(start + args.batch, count))]))
+        tokens, drawn = exact.target_tokens(batch), []                                    # (B, T)
+        for mentor in (exact, other):
+            prefix = mentor.prefix(batch["ids"], batch["mask"], batch["refs"], words=batch.get("words"))
+            losses.append(cross_entropy(mentor, prefix, tokens).mean(dim=1))              # (B,)
+            drawn.append(mentor.generate(prefix, [0] * len(tokens), greedy))              # (B, T)
+        same.append(drawn[0] == drawn[1])
+    before, after = (torch.cat(losses[i::2]).mean().item() for i in (0, 1))
+    same = torch.cat(same)                                                                # (count, T)
+    first = same.int().cumprod(dim=1).sum(dim=1)               # tokens before the first that differs
+    whole = (first == same.size(1)).float().mean()
+    print(f"{count} pictures: cross entropy {before:.4f} nats a token in fp32, {after:.4f} in {args.dtype}\n"
+          f"likeliest tokens: {same.float().mean():.1%} the same; the first that differs is number "
+          f"{first.median().item():.0f} of {same.size(1)} (median); {whole:.0%} of the pictures the same to the end")
+
+
 def add_drawing(command, what, seed=0, each="the first image, counted up"):
     """Flags of what samples images. what: is in --data; each: what the seed is of"""
     command.add_argument("--weights", default="tiny", help="as for sample.py (default tiny)")
@@ -620,6 +660,7 @@ def add_drawing(command, what, seed=0, each="the first image, counted up"):
     command.add_argument("--out", metavar="FOLDER", help="default out/eval/COMMAND")
     command.add_argument("--batch", type=cli.positive_int, default=8, help="images sampled together (default 8)")
     command.add_argument("--seed", type=cli.natural, default=seed, help=f"of {each} (default {seed})")
+    command.add_argument("--dtype", choices=weights.DTYPES, help="of the weights; default: bf16 on cuda, else fp32")
     cli.add_sampling_flags(command.add_argument_group(
         "how to sample", "Defaults come with the weights; MENTOR's release evaluates with --cfg 7.5 --top-k 16384."))
 
@@ -670,8 +711,16 @@ def parse(argv):
     command.add_argument("a", metavar="A", help="a folder of images")
     command.add_argument("b", metavar="B", help="another")
 
+    command = add_command("rounding", rounding)
+    command.add_argument("--weights", default="tiny", help="as for sample.py (default tiny)")
+    command.add_argument("--data", required=True, metavar="PATH", help="a JSONL as for train.py")
+    command.add_argument("--dtype", choices=weights.DTYPES, default="int8", help="default int8")
+    command.add_argument("--n", type=cli.positive_int, default=64, help="pictures (default 64)")
+    command.add_argument("--batch", type=cli.positive_int, default=8, help="pictures at once (default 8)")
+    command.add_argument("--seed", type=cli.natural, default=0, help="which ones (default 0)")
+
     args = parser.parse_args(argv)
-    if args.command != "cmmd":
+    if args.command not in ("cmmd", "rounding"):
         layout = "-official" if getattr(args, "layout", None) == "official" else ""
         args.out = args.out or f"out/eval/{args.command}{layout}"
     return args

@@ -188,10 +188,18 @@ class KVCache:
     def __init__(self, config, prefix, grid):
         batch, rows = prefix.valid.shape
         self.length, self.total = rows, rows + grid * grid     # positions filled so far, and in the end
-        self.kv = prefix.rows.new_zeros(config.layers, 2, batch, config.heads, self.total, config.head_dim)
+        self.allocate((config.layers, 2, batch, config.heads, self.total, config.head_dim), prefix.rows)
         attend = F.pad(prefix.valid, (0, grid * grid), value=False)                       # (B, L)
         self.mask = additive(attend[:, None, None], prefix.rows.dtype)                    # (B, 1, 1, L)
         self.at = torch.full((1,), rows, device=prefix.rows.device)                       # length, where steps read it
+
+    def allocate(self, shape, like):
+        """Room for all positions, of the type that `like` has."""
+        self.kv = like.new_zeros(shape)
+
+    def views(self, count):
+        """Each layer's first `count` positions. -> list of (2, B, H, count, hd)"""
+        return [kv[..., :count, :] for kv in self.kv]
 
     @property
     def window(self):
@@ -216,10 +224,15 @@ class Attention(nn.Module):
         """
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, hd)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
+        y = self.attend(q, k, v, mask, kv, at)                                            # (B, H, L, hd)
+        return self.dropout(self.wo(y.transpose(1, 2).flatten(-2)))                       # (B, L, D)
+
+
+    def attend(self, q, k, v, mask, kv, at):
+        """Softmax attention over the new keys and values, or over the cache once they are in it."""
         if kv is not None:
             k, v = kv.index_copy_(3, at, torch.stack([k, v]))                             # each (B, H, keys, hd)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                       # (B, H, L, hd)
-        return self.dropout(self.wo(y.transpose(1, 2).flatten(-2)))                       # (B, L, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class FeedForward(nn.Module):
@@ -251,6 +264,7 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     """Llama-style decoder over [prefix, image tokens] (paper section 2.2; LlamaGen's gpt.py)."""
+    cache = KVCache                  # what decoding remembers keys and values in
 
     def __init__(self, config, patch_grid=16):
         super().__init__()
@@ -284,12 +298,12 @@ class Decoder(nn.Module):
 
     def prefill(self, prefix, grid):
         """Reads the prefix into a new cache. -> logits of token 0 (B, V), cache, rotary table"""
-        cache, rope, x = KVCache(self.config, prefix, grid), self.rope(prefix, grid), prefix.rows
+        cache, rope, x = self.cache(self.config, prefix, grid), self.rope(prefix, grid), prefix.rows
         rows, mask = x.size(1), make_mask(prefix.valid, x.dtype)
         at = torch.arange(rows, device=x.device)
         with torch.compiler.set_stance("force_eager"):         # once only: compiling for this length would not pay
-            for layer, kv in zip(self.layers, cache.kv):
-                x = layer(x, rope[:, :rows], mask, kv[..., :rows, :], at)
+            for layer, kv in zip(self.layers, cache.views(rows)):
+                x = layer(x, rope[:, :rows], mask, kv, at)
         return self.output(self.norm(x[:, -1])), cache, rope                              # (B, V)
 
     def decode_step(self, token, cache, rope):
@@ -297,8 +311,8 @@ class Decoder(nn.Module):
         x = self.tok_embeddings(token).unsqueeze(1)                                       # (B, 1, D)
         rope, window = rope.index_select(1, cache.at), cache.window
         mask = cache.mask.index_fill_(3, cache.at, 0)[..., :window]                       # opens this position
-        for layer, kv in zip(self.layers, cache.kv):
-            x = layer(x, rope, mask, kv[..., :window, :], cache.at)
+        for layer, kv in zip(self.layers, cache.views(window)):
+            x = layer(x, rope, mask, kv, cache.at)
         cache.at += 1
         cache.length += 1
         return self.output(self.norm(x[:, -1]))                                           # (B, V)
@@ -382,7 +396,7 @@ class Mentor(nn.Module):
 
     def project(self, h, valid, is_image):
         """Left-padded T5 rows -> Prefix."""
-        return Prefix(self.projector(h.to(self.projector.fc1.weight.dtype)), valid, is_image)
+        return Prefix(self.projector(h.to(self.projector.uncond.dtype)), valid, is_image)
 
     def prefix(self, ids, mask, refs=None, drop=None, words=None):
         """Prompts and reference images -> Prefix. drop: True = this sample learns the unconditional rows in place of

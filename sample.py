@@ -71,13 +71,14 @@ def parse(argv):
     where.add_argument("--lora", metavar="FOLDER", help="what `train.py --lora` wrote, added to the weights")
     where.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="rotation of the prefix; default: as trained")
     where.add_argument("--out", help="a PNG, replaced if there, or a folder (default out/, of a list out/ITS-NAME/)")
+    where.add_argument("--watch", action="store_true", help="write the PNG again and again while it grows")
     where.add_argument("--device", help="default: cuda, else mps, else cpu")
     where.add_argument("--dtype", choices=weights.DTYPES, help="default: bf16 on cuda, else fp32")
     where.add_argument("--offload", action="store_true", help="CLIP and T5 make room once they have read the prompt")
     where.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the decoder's blocks: half a "
                        "minute at the first use, then faster; default: for large decoders, on a GPU from 32 images on")
     args = parser.parse_args(argv)
-    for flag in ("prompt", "ref", "subject", "task", "offload") if args.prompts else ("batch", "layout"):
+    for flag in ("prompt", "ref", "subject", "task", "offload", "watch") if args.prompts else ("batch", "layout"):
         if getattr(args, flag):
             raise InputError(f"--{flag} does not go {'with' if args.prompts else 'without'} --prompts; leave it out")
     args.n, args.batch = args.n or (4 if args.layout == "geneval" else 1), args.batch or 8
@@ -135,13 +136,36 @@ def requests_of(args):
     return requests
 
 
+def to_view(pixels):
+    """(B, 3, H, W) in [-1, 1] -> PIL, small ones enlarged"""
+    side = max(1, VIEW // pixels.size(-1)) * pixels.size(-1)
+    return [data.to_image(image).resize((side, side), Image.BICUBIC) for image in pixels]
+
+
+def as_it_grows(mentor, show, size=None):
+    """A function for `Mentor.sample` to call after each token. It hands `show` the pictures so far, PIL, grey where
+    tokens are missing, whenever a row is complete, and less often if that took more than a fifth of the time."""
+    grid = (size or mentor.config.image_size) // mentor.vqgan.factor
+    due = 0.0
+
+    def progress(tokens):
+        nonlocal due
+        began, missing = time.perf_counter(), grid * grid - len(tokens)
+        if 0 < missing and missing % grid == 0 and began >= due:
+            filled = torch.stack(tokens + tokens[-1:] * missing, dim=1)                   # (B, T)
+            pixels = torch.cat([*map(mentor.vqgan.decode, filled.split(1))])              # (B, 3, H, W)
+            pixels[:, :, len(tokens) // grid * mentor.vqgan.factor:] = 0                  # grey
+            show(to_view(pixels))
+            due = 5 * time.perf_counter() - 4 * began
+    return progress
+
+
 def draw(mentor, args, requests, seeds, progress=False):
     """A picture for each seed: one of each request, or all of a single one. -> PIL, small ones enlarged"""
     batch = data.collate([read(mentor.processor, request) for request in requests])
     sampling = replace(mentor.config.sampling, **args.sampling)
     pixels = mentor.sample(batch, seeds, sampling, args.size, progress, args.offload)
-    side = max(1, VIEW // pixels.size(-1)) * pixels.size(-1)
-    return [data.to_image(image).resize((side, side), Image.BICUBIC) for image in pixels]
+    return to_view(pixels)
 
 
 def draw_list(mentor, args, requests, common, ranks):
@@ -195,7 +219,7 @@ def main(argv=None):
         print(ABOUT_TINY)
     if args.weights.startswith("random"):
         print("weights: random, so the image will be noise; for real images use --weights tiny, mentor or a folder")
-    large = sum(p.numel() for p in mentor.decoder.parameters()) >= 10**8
+    large = mentor.config.decoder.width >= 768
     if not large and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)               # a small model gains nothing from two, which wait for each other
     if args.compile is None:                   # on a GPU: a minute, to save 2 s an image
@@ -215,9 +239,17 @@ def main(argv=None):
     if args.prompts:
         draw_list(mentor, args, requests, common, ranks)
         return ranks.leave()
-    images = draw(mentor, args, requests, range(args.seed, args.seed + args.n), progress=True)
-    seconds, prompt = time.perf_counter() - start, requests[0].prompt
-    cli.save_all(images, args.out, {"prompt": prompt, "refs": args.ref, "seed": args.seed, "n": args.n, **common})
+    settings = {"prompt": requests[0].prompt, "refs": args.ref, "seed": args.seed, "n": args.n, **common}
+    seeds = range(args.seed, args.seed + args.n)
+    names = cli.picture_names(args.out, requests[0].prompt, seeds)
+
+    def show(images):
+        for image, name, seed in zip(images, names[0], seeds):
+            cli.save_picture(image, name, {**settings, "seed": seed, "n": 1, "unfinished": True})
+
+    images = draw(mentor, args, requests, seeds, as_it_grows(mentor, show, size) if args.watch else True)
+    seconds = time.perf_counter() - start
+    cli.save_all(images, names, settings)
     print(f"{seconds / args.n:.1f} s a picture of {size} x {size} pixels")
     if args.example:
         print(MORE_EXAMPLES)

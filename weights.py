@@ -26,13 +26,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
 import cli
+import fast
 import lora as adapters
 from cli import InputError
 from data import CAPTION_TOKENS, IMAGE, NAME_TOKENS
@@ -405,6 +405,8 @@ def fill_in(model, tensors, names, path):
             problems.append(f"{public} is {list(tensors[public].shape)} but should be {list(state[ours].shape)}")
         elif not state[ours].is_floating_point():
             picked[ours] = tensors[public]
+            if tensors[public].dtype != state[ours].dtype:
+                problems.append(f"{public} holds {tensors[public].dtype} but should hold {state[ours].dtype}")
         elif not is_plain(tensors[public]):
             problems.append(f"{public} holds {tensors[public].dtype}, or is sparse, but should hold floats")
         else:
@@ -649,6 +651,7 @@ def load_folder(weights, paths, config, overrides, t5_decoder):
     with torch.device("meta"):
         model = Mentor(config, tokenizer, t5_decoder, words_in(weights, paths, config))
     lengthen(tensors, "projector.uncond", config.prefix_tokens, last=True)
+    fast.expect_int8(model, tensors)
     fill_in(model, tensors, {name: name for name in model.state_dict()}, paths["model.safetensors"])
     return model
 
@@ -709,94 +712,10 @@ def load_public_files(weights, paths, config, overrides, t5_decoder, log):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding: what only speed decided, the numbers are those of model.py without it
-
-COMPILED_ROWS, LEFT_ROWS = 8, 64   # up to so many rows a product on a CPU is faster as compiled sums, or weight first
-
-
-def few_rows_product(x, weight):
-    """x @ weight.T written as sums, which a compiler fuses into one loop over the weight.
-
-    x: (n, in); weight: (out, in) -> (n, out)
-    """
-    if weight.size(1) <= 2048:
-        return torch.stack([(weight * row).sum(dim=-1) for row in x])
-    # longer rows of x leave the nearest cache between two reads, so four rows of the weight share one reading of them
-    columns = []
-    for row in x:
-        sums = [(part * row).sum(dim=-1) for part in weight.unflatten(0, (-1, 4)).unbind(dim=1)]
-        columns.append(torch.stack(sums, dim=-1).flatten())
-    return torch.stack(columns)
-
-
-class FewRowsLinear(nn.Linear):
-    """nn.Linear without bias, for decoding on a CPU: with a few rows its time is that of reading the weight, which the
-    ordinary product does at a fifth of the memory's speed, with the weight at the left at half, and compiled sums at
-    nearly all of it (`python bench.py decode`)."""
-
-    def forward(self, x):
-        """(..., in) -> (..., out)"""
-        n = x.numel() // x.size(-1)
-        if x.device.type != "cpu" or n > LEFT_ROWS:
-            return F.linear(x, self.weight)
-        rows = x.reshape(n, -1)                                                           # (n, in)
-        if n <= COMPILED_ROWS and torch.compiler.is_compiling():
-            y = few_rows_product(rows, self.weight)                                       # (n, out)
-        else:
-            y = (self.weight @ rows.t()).t()                                              # (n, out)
-        return y.reshape(*x.shape[:-1], -1)
-
-
-def use_fast_products(decoder):
-    """Gives every plain nn.Linear of the decoder the product of FewRowsLinear."""
-    for module in decoder.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FewRowsLinear
-
-
-def compile_blocks(decoder):
-    """Compiles the blocks on the first call, all of them as one; falls back to eager where no compiler is found."""
-    torch._dynamo.config.suppress_errors = True
-    for layer in decoder.layers:
-        layer.compile()
-
-
-class Graphs:
-    """Replays a decoding step as CUDA graphs, one for each window of the cache: no time for Python and launches.
-
-    The first step of a window runs as it is, which also warms up; the second is captured; all further ones are replays.
-    step: takes and returns tensors of the device. Not yet run on a GPU.
-    """
-
-    def __init__(self, step, cache):
-        cache.stride = 256
-        self.step, self.cache = step, cache
-        self.inputs, self.captured = None, {}                  # window -> None after its first step, (graph, output)
-
-    def __call__(self, *inputs):
-        window = self.cache.window
-        if window not in self.captured:
-            self.captured[window] = None
-            return self.step(*inputs)
-        if self.inputs is None:
-            self.inputs = [tensor.clone() for tensor in inputs]            # a graph reads the same memory every time
-        if self.captured[window] is None:
-            graph, length = torch.cuda.CUDAGraph(), self.cache.length
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # a loader's thread may allocate
-                output = self.step(*self.inputs)               # records what the device is to do, and does nothing
-            self.captured[window], self.cache.length = (graph, output), length
-        graph, output = self.captured[window]
-        for memory, tensor in zip(self.inputs, inputs):
-            memory.copy_(tensor)
-        graph.replay()
-        self.cache.length += 1                                 # Python's count; the device's is part of the graph
-        return output.clone()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Whole models
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+compile_blocks = fast.compile_blocks           # for sample.py, which knows what is to be drawn
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def random_model(config, tokenizer, seed=0, t5_decoder=False):
@@ -811,15 +730,26 @@ def random_model(config, tokenizer, seed=0, t5_decoder=False):
 def place(mentor, device, dtype, offload=False):
     """Moves a model for sampling. fp16 leaves the encoder in fp32, because T5 overflows; the VQGAN is always fp32.
 
-    offload: decoder and VQGAN stay on the CPU until `Mentor.sample` has freed the encoder's room. -> the model
+    int8 is for a CPU: linear layers and cache, all else stays as it is (fast.py). offload: decoder and VQGAN stay on
+    the CPU until `Mentor.sample` has freed the encoder's room. -> the model
     """
+    if dtype == torch.int8:
+        if torch.device(device).type != "cpu":
+            raise InputError(f"int8 is for drawing on a CPU, not on {device}; take bf16 there")
+        fast.decode_in_int8(mentor.decoder)
+        fast.round_to_int8(mentor)
+        mentor.vqgan.decode = fast.in_bf16(mentor.vqgan.decode)
+        return mentor.eval()
+    if fast.is_int8(mentor):
+        raise InputError("these weights are int8, which serve for drawing on a CPU alone; give --dtype int8, or name "
+                         "the weights that they were made of")
     later = "cpu" if offload else device
     mentor.encoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
     mentor.projector.to(device, dtype)
     mentor.decoder.to(later, dtype)
     mentor.vqgan.to(later)
-    use_fast_products(mentor.decoder)
-    mentor.replay = Graphs
+    fast.use_fast_products(mentor.decoder)
+    mentor.replay = fast.Graphs
     return mentor.eval()
 
 
@@ -1186,7 +1116,7 @@ def stacks(mentor, trains, itemsize):
                            CAPTION_TOKENS * kept + cross))
     else:
         length = rows + mentor.config.grid**2 - 1
-        kept = 4 * norms * d.width + itemsize * (8 * d.width + 4 * d.hidden) + 2 * d.width    # as T5's, and rotated q, k
+        kept = 4 * norms * d.width + itemsize * (8 * d.width + 4 * d.hidden) + 2 * d.width   # as T5's, and rotated q, k
         found.append(Stack(mentor.decoder.layers, 4 * length * d.width, length * kept))
     return found
 
@@ -1334,20 +1264,25 @@ def main(argv=None):
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--prefix-rope", choices=PREFIX_ROPE, help="how the prefix is rotated; default: as trained")
     parser.add_argument("--lora", metavar="FOLDER", help="an adapter of `train.py --lora` to be merged into them")
-    parser.add_argument("--half", action="store_true", help="fp16 on disk: half the size; still computed in fp32")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--half", action="store_true", help="fp16 on disk: half the size; still computed in fp32")
+    size.add_argument("--int8", action="store_true", help="for `sample.py --dtype int8` alone: a quarter of the size")
     args = parser.parse_args(argv)
     check_out(args.out)
     source = BUNDLED.get(args.weights, args.weights)
     if os.path.isdir(source) and os.path.isdir(args.out) and os.path.samefile(source, args.out):
         raise InputError(f"{args.out}: is where the weights come from; choose another folder to write")
     mentor = load(args.weights, prefix_rope=args.prefix_rope, lora=args.lora)
+    parameters = sum(p.numel() for p in mentor.parameters())
+    if args.int8:
+        fast.round_to_int8(mentor)
     state = mentor.state_dict()
     if args.half:
         state = {name: tensor.half() for name, tensor in state.items()}
         if large := [name for name, tensor in state.items() if not is_finite(tensor)]:
             raise InputError(f"{args.weights}: {large[0]} holds numbers that are too large for fp16; leave out --half")
     save(mentor, args.out, state)
-    print(f"wrote {args.out} ({sum(p.numel() for p in mentor.parameters()) / 1e6:,.0f} M parameters)")
+    print(f"wrote {args.out} ({parameters / 1e6:,.0f} M parameters)")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,11 @@ def test_every_table_can_be_had_as_json(command, monkeypatch, capsys):
     assert record["rows"] and all(row["seconds"] > 0 for row in record["rows"])
     bench.main(flags[:-1])
     table = capsys.readouterr().out
-    assert "ceilings: read 10.0 GB/s, product 100 GFLOP/s" in table and record["rows"][0]["what"] in table
+    assert "ceilings of fp32: read 10.0 GB/s, product 100 GFLOP/s" in table and record["rows"][0]["what"] in table
+    if command == "decode":
+        bench.main([*flags, "--dtype", "fp32", "int8"])
+        names = [row["what"].split(":")[0] for row in json.loads(capsys.readouterr().out)["rows"]]
+        assert names == sorted(names) and names.count("fp32") == names.count("int8") == len(record["rows"])
     with pytest.raises(InputError, match="a reference picture alone takes"):
         bench.main([*flags, "--prefix", "8"])
 
@@ -89,7 +93,8 @@ def test_every_table_can_be_had_as_json(command, monkeypatch, capsys):
     ("decode --batch 0", "argument --batch: must be a whole number from 1 to 65,536, not 0"),
     (f"decode --batch {2**53 - 1}", "argument --batch: must be"), ("train --prefix 70000", "argument --prefix: must"),
     ("encode --prefix x", "argument --prefix: must be"), ("vqgan --pixels -16", "argument --pixels: must be"),
-    ("loader --samples 0", "argument --samples: must be"), ("fly", "invalid choice"), ("train --stage 3", "invalid")])
+    ("loader --samples 0", "argument --samples: must be"), ("fly", "invalid choice"), ("train --stage 3", "invalid"),
+    ("train --dtype int8", "int8 is for decode")])
 def test_bad_flags_are_one_sentence_before_anything_is_measured(monkeypatch, flags, said):
     monkeypatch.setattr(bench, "read_rate", lambda device: pytest.fail("measured first"))
     with pytest.raises(InputError, match=said):
@@ -101,6 +106,7 @@ def test_the_memory_of_the_full_size_is_that_of_the_readme(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "--dtype fp32             9.9 GiB   cards: 12 GB, 16 GB, 24 GB"
     assert lines[3] == "--dtype bf16 --offload   2.9 GiB   cards: 8 GB, 12 GB, 16 GB, 24 GB"
+    assert lines[6] == "--dtype int8             2.9 GiB   CPUs: 8 GB, 12 GB, 16 GB, 24 GB"
 
 
 def test_a_call_is_repeated_for_a_second_or_as_often_as_allowed():

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import pathlib
 import shutil
 import subprocess
@@ -434,3 +435,15 @@ def test_two_processes_make_what_one_does(tmp_path, small, command):
     one, two = files_in(tmp_path / "one"), files_in(tmp_path / "two")
     assert set(one) == set(two) and len(one) == (2 + 3 * 4 if command == "dreambench++" else 1)
     assert one == two                          # with a batch of one, to the last digit
+
+
+def test_rounding_to_fp32_changes_nothing_and_to_int8_a_little(toy, capsys):
+    said = {}
+    for dtype in ("fp32", "int8"):
+        evaluation.main(["rounding", "--weights", toy[0], "--data", toy[1], "--n", "6", "--batch", "4", "--dtype", dtype,
+                         "--device", "cpu"])
+        said[dtype] = [float(number) for number in re.findall(r"\d+\.\d+|\d+(?=%)", capsys.readouterr().out)]
+    before, after, same, to_the_end = said["fp32"]
+    assert before == after and same == to_the_end == 100
+    before, after, same, to_the_end = said["int8"]
+    assert before == said["fp32"][0] and 0 < abs(after - before) < 0.05 and 30 < same < 100

@@ -34,6 +34,7 @@ from torch._dynamo.utils import counters
 import bench
 import cli
 import data
+import fast
 import sample
 import train
 import weights
@@ -165,7 +166,7 @@ def test_compiled_blocks_give_the_logits_of_plain_ones_and_as_graphs_the_same_to
     model, prefix = network(dtype), random_prefix([203, 90], dtype)
     tokens = model.generate(prefix, [0, 1], UNGUIDED)
     plain = step_logits(model, prefix, tokens)
-    weights.compile_blocks(model.decoder)
+    fast.compile_blocks(model.decoder)
     torch._dynamo.config.suppress_errors = False               # what does not compile is to be seen here
     assert_near(step_logits(model, prefix, tokens), plain, error, agreeing)        # at a near tie rounding decides
     assert counters["stats"]["unique_graphs"] > 0

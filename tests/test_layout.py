@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 SEVEN = ("model", "encoder", "vqgan", "rope2d", "train", "sample", "data")
-FLOORS = [("rope2d", "vqgan", "cli"), ("data", "encoder", "lora"), ("model",), ("weights",),
+FLOORS = [("rope2d", "vqgan", "cli"), ("data", "encoder", "lora"), ("model",), ("fast",), ("weights",),
           ("sample", "train", "prepare", "scorers"), ("eval", "bench", "construct", "app"), ("world",)]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("world/*.py")])

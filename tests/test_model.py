@@ -1,6 +1,4 @@
 """The network as a whole: agreement with independent implementations, and what must hold whatever the weights."""
-import contextlib
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +13,7 @@ import data
 import weights
 from cli import InputError
 from encoder import QueryConfig
-from model import (SIZES, Decoder, KVCache, Mentor, MentorConfig, Prefix, Sampling, guide, left_pad, make_mask,
+from model import (SIZES, Decoder, Mentor, MentorConfig, Prefix, Sampling, guide, left_pad, make_mask,
                    sample_tokens)
 from vqgan import VQConfig
 
@@ -118,98 +116,6 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(prefix_rope):
         close(logits, full[:, k], 1e-5)
         logits = model.decoder.decode_step(tokens[:, k], cache, rope)
     close(logits, full[:, 36], 1e-5)
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5])
-def test_the_fast_products_and_a_large_window_sample_the_tokens_of_the_plain_loop(monkeypatch, batch):
-    model = tiny()
-    weights.use_fast_products(model.decoder)
-    prefix, tokens = random_prefix([20, 9, 20, 14, 11][:batch]), []
-    for rows, stride in ((0, 1), (weights.LEFT_ROWS, 1), (weights.LEFT_ROWS, 16)):
-        monkeypatch.setattr(weights, "LEFT_ROWS", rows)        # 0: the ordinary product everywhere
-        monkeypatch.setattr(KVCache, "stride", stride)
-        for sampling in (Sampling(3.0, 0, 64), Sampling(1.0, 1.0, 20, 0.9)):
-            tokens.append(model.generate(prefix, range(batch), sampling))
-    assert torch.equal(tokens[0], tokens[2]) and torch.equal(tokens[0], tokens[4])
-    assert torch.equal(tokens[1], tokens[3]) and torch.equal(tokens[1], tokens[5])
-    assert tokens[0].unique().numel() > 3
-
-
-@pytest.mark.full
-def test_compiled_blocks_sample_the_tokens_of_the_plain_loop():
-    if not shutil.which("c++") and not shutil.which("g++"):
-        pytest.skip("there is no C++ compiler; install g++ to compile blocks on a CPU")
-    model = tiny(multiple_of=2112)                             # so that both ways of summing are met
-    prefix, sampling = random_prefix([20, 9]), Sampling(3.0, 0, 64)
-    plain = model.generate(prefix, [0, 1], sampling)
-    weights.use_fast_products(model.decoder)
-    weights.compile_blocks(model.decoder)
-    assert torch.equal(model.generate(prefix, [0, 1], sampling), plain)
-
-
-class Graph:
-    """What a Device has recorded."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def replay(self):
-        self.device.replay(self)
-
-
-class Device:
-    """Stands in for CUDA: recording a step computes nothing, a replay computes it without Python's counting."""
-
-    def __init__(self, model, prefix):
-        self.decoder, self.graph, self.counts = model.decoder, None, {"plain": 0, "recorded": 0, "replayed": 0}
-        self.logits, self.cache, self.rope = model.decoder.prefill(prefix, 6)
-
-    def step(self, token, uniform):
-        """What is to be recorded: logits plus the second input, so that both inputs matter."""
-        output = self.decoder.decode_step(token, self.cache, self.rope) + uniform[:, None]
-        if self.graph:
-            self.graph.inputs, self.graph.output, self.graph.window = (token, uniform), output, self.window
-        else:
-            self.counts["plain"] += 1
-        return output
-
-    def replay(self, graph):
-        length, self.counts["replayed"] = self.cache.length, self.counts["replayed"] + 1
-        assert self.cache.window == graph.window               # of what was recorded nothing can change
-        token, uniform = graph.inputs
-        graph.output.copy_(self.decoder.decode_step(token, self.cache, self.rope) + uniform[:, None])
-        self.cache.length = length
-
-    @contextlib.contextmanager
-    def record(self, graph, **options):
-        memory = [self.cache.kv, self.cache.mask, self.cache.at]
-        before, self.graph, self.window = [tensor.clone() for tensor in memory], graph, self.cache.window
-        yield
-        for tensor, old in zip(memory, before):
-            tensor.copy_(old)
-        self.graph.output.fill_(float("nan"))                  # there is no result before a replay
-        self.graph, self.counts["recorded"] = None, self.counts["recorded"] + 1
-
-
-def test_steps_recorded_as_graphs_do_what_steps_do(monkeypatch):
-    model = tiny()
-    prefix, tokens, uniform = random_prefix([20, 9]), torch.randint(64, (2, 36)), torch.rand(2, 36)
-
-    def outputs_of(step):
-        return torch.stack([step(tokens[:, k], uniform[:, k]) for k in range(36)])
-
-    plain = Device(model, prefix)
-    expected = outputs_of(plain.step)
-
-    device, before = Device(model, prefix), (tokens.clone(), uniform.clone())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(device))
-    monkeypatch.setattr(torch.cuda, "graph", device.record)
-    step = weights.Graphs(device.step, device.cache)
-    device.cache.stride = 16                                   # small, so that several windows are met
-    close(outputs_of(step), expected, 1e-5)
-    assert device.counts == {"plain": 3, "recorded": 3, "replayed": 33}    # three windows, each begun with a plain step
-    assert device.cache.length == plain.cache.length == 56 and device.cache.at == plain.cache.at
-    assert torch.equal(tokens, before[0]) and torch.equal(uniform, before[1])
 
 
 def test_the_three_prefix_rotations_differ_in_what_they_compute():

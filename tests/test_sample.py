@@ -13,6 +13,7 @@ from PIL import Image
 import cli
 import model
 import sample
+from cli import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOG = str(ROOT / "assets" / "dog.jpg")
@@ -387,3 +388,27 @@ def test_processes_share_a_list_and_draw_what_one_does(mixed, tmp_path):
     write_list(mixed, ['{"prompt": 5}'])
     said = finish(run([*arguments, "--device", "cpu"], processes=2, module="sample"), code=1)
     assert said.count("mixed.jsonl:1: prompt is 5") == 1
+
+
+def test_a_picture_can_be_watched_while_it_grows_and_ends_as_ever(tmp_path, monkeypatch):
+    written, save = [], cli.save_picture
+
+    def spy(image, path, settings):
+        written.append((numpy.asarray(image), path, settings))
+        save(image, path, settings)
+
+    monkeypatch.setattr(cli, "save_picture", spy)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: 0.0)          # as if decoding took no time: every row
+    for name, flags in {"plain": [], "watched": ["--watch"]}.items():
+        sample.main(["--prompt", "a volcano", "--n", "2", "--out", str(tmp_path / name), *flags])
+    plain, growing, final = written[:3], written[3:-3], written[-3:]
+    assert len(growing) == 2 * 15                              # at the end of each row but the last
+    for image, path, settings in growing:
+        assert settings["unfinished"] and path in [path for _, path, _ in final]
+    first, last = growing[0][0], growing[-2][0]
+    assert first.shape == last.shape == final[0][0].shape      # enlarged alike
+    assert (first[24:] == first[-1, 0]).all() and (last[-8:] == first[-1, 0]).all() and last[:-24].std() > 10
+    for (image, path, settings), (other, _, others) in zip(plain, final):
+        assert numpy.array_equal(image, other) and settings == others and "unfinished" not in settings
+    with pytest.raises(InputError, match="--watch does not go with --prompts"):
+        sample.main(["--prompts", str(tmp_path / "list.txt"), "--watch"])

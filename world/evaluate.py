@@ -77,9 +77,9 @@ def run_judge(args):
     print(f"wrote {args.out}; on true pictures of held-out subjects: {format_scores(scores)}")
 
 
-def load_small(name):
+def load_small(name, dtype="fp32"):
     """A model that samples images of the emoji world's size."""
-    mentor = weights.load(name)
+    mentor = weights.load(name, dtype=weights.DTYPES[dtype])
     if mentor.config.image_size != scenes.SIZE:
         raise InputError(f"{name}: makes images of {mentor.config.image_size} pixels a side, not the emoji world's "
                          f"{scenes.SIZE}; give a model trained by `python -m world.train`")
@@ -139,7 +139,7 @@ def tests_that_fit(mentor):
 
 def run_world(args):
     """Scores a small model on held-out subjects: one and several in an image, segmentation, reconstruction."""
-    judge, mentor = load_judge(args.judge), load_small(args.weights)
+    judge, mentor = load_judge(args.judge), load_small(args.weights, args.dtype)
     cli.probe(os.path.join(args.out, "world.json"))
     if not args.tests:
         args.tests = tests_that_fit(mentor)
@@ -149,6 +149,7 @@ def run_world(args):
     results, sheet = score_world(mentor, judge, args)
     record = {
         "weights": str(args.weights),
+        "dtype": args.dtype,
         "seed": args.seed,
         "samples": args.samples,
         "sampling": asdict(mentor.config.sampling),
@@ -446,6 +447,7 @@ def parse(argv):
 
     flag = add_command(commands, "world", run_world)
     flag("--weights", default="tiny", help="a small model's folder (default: the bundled one)")
+    flag("--dtype", choices=weights.DTYPES, default="fp32", help="of the weights (default fp32)")
     flag("--judge", default="out/judge.safetensors", help="written by `judge` (default out/judge.safetensors)")
     flag("--tests", nargs="+", choices=TESTS, metavar="TEST", help="default: those of "
          + "; ".join(TESTS) + " for which the weights have enough prefix rows")
