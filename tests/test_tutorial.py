@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -82,7 +83,8 @@ def source_of(file, name):
 
 @pytest.mark.parametrize("chapter, file, name, code", QUOTES, ids=[f"{q[0]}-{q[2] or q[1]}" for q in QUOTES])
 def test_code_stands_in_its_file_as_it_is_quoted(chapter, file, name, code):
-    assert code in source_of(file, name)
+    source = source_of(file, name)
+    assert any(textwrap.indent(code, " " * depth) in source for depth in (0, 4, 8, 12))
 
 
 def test_every_chapter_quotes_code_and_opens_with_its_question():
