@@ -10,13 +10,15 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 
 import cli
+import data
 import weights
-from tutorial import figures
+from tutorial import figures, measure
 from tutorial.drawing import MOST_BYTES, WIDTH, encoded
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("tutorial/*.md"), *ROOT.glob("assets/*.md")])
@@ -62,6 +64,29 @@ def test_every_figure_is_there_small_and_shown_above_the_command_that_makes_it()
         shown = text.index(f"]({name}.webp)")
         assert f"`python -m tutorial.figures {name}`" in text[shown:shown + 200], name
     assert len(re.findall(r"!\[.+?\]", text)) == len(re.findall(r"!\[", text)), "a picture without words for it"
+
+
+def test_the_attention_that_is_drawn_is_what_the_decoder_computes(tiny):
+    layer, seen = tiny.decoder.layers[0].attention, []
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
+    batch = data.collate(measure.painted(tiny, "reconstruct", 2))
+    prefix = measure.prefix_of(tiny, batch)
+    tiny.decoder(prefix, tiny.target_tokens(batch)[:, :-1], tiny.config.grid)
+    hook.remove()
+    (x, rope, mask, *_), output = seen[0]
+    values = layer.wqkv(x).unflatten(-1, (3, layer.heads, -1))[:, :, 2].transpose(1, 2)          # (B, H, L, hd)
+    read = measure.attention(layer, x, rope, mask) @ values
+    torch.testing.assert_close(layer.wo(read.transpose(1, 2).flatten(-2)), output, atol=1e-4, rtol=1e-4)
+
+
+def test_only_under_zero_all_prefix_rows_get_the_same_attention(tiny):
+    batch = data.collate(measure.painted(tiny, "reconstruct"))
+    spread = {}
+    for rotation in measure.ROTATIONS:
+        found = measure.attention_to_prefix(tiny, batch, rotation)                        # (layers, 1, H, T, S)
+        spread[rotation] = (found.amax(dim=-1) / found.amin(dim=-1).clamp(min=1e-12)).median().item()
+    assert abs(spread["zero"] - 1) < 1e-4
+    assert min(spread["identity"], spread["grid"]) > 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
