@@ -23,7 +23,8 @@ from tutorial.drawing import MOST_BYTES, WIDTH, encoded
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("tutorial/*.md"), *ROOT.glob("assets/*.md")])
 CHAPTERS = sorted(ROOT.glob("tutorial/[1-9]-*.md"))
-DIFFS = re.findall(r"```diff\n(.*?)```\n\n```bash\n(.*?)\n```", (ROOT / "tutorial/8-change-it.md").read_text(), re.DOTALL)
+CHANGES = ROOT / "tutorial/8-change-it.md"
+DIFFS = re.findall(r"```diff\n(.*?)```\n\n```bash\n(.*?)\n```", CHANGES.read_text(), re.DOTALL)
 
 
 def blocks(page, language):
@@ -244,7 +245,7 @@ def test_a_change_applies_and_trains(diff, command, copy):
 
 
 def test_every_diff_is_tested():
-    assert len(DIFFS) == len(blocks(ROOT / "tutorial/8-change-it.md", "diff")) == 3
+    assert len(DIFFS) == len(blocks(CHANGES, "diff")) == 3
 
 
 @pytest.mark.full
@@ -260,8 +261,9 @@ def test_the_python_of_the_pages_runs(copy):
 
 @pytest.mark.full
 def test_sampling_with_the_bundled_weights_runs_as_it_stands(copy):
-    lines = [command[2] for command in COMMANDS if command[1] == "sample" and command[0] in
-             ("README.md", *(chapter.name for chapter in CHAPTERS)) and not {"--weights", "--prompts"} & set(command[2])]
+    pages = {"README.md", *(chapter.name for chapter in CHAPTERS)}
+    lines = [arguments for page, module, arguments in COMMANDS
+             if module == "sample" and page in pages and not {"--weights", "--prompts"} & set(arguments)]
     assert len(lines) >= 8
     for arguments in lines:
         run(copy, "sample", *arguments)

@@ -1,6 +1,6 @@
-"""What all figures are drawn with: a transparent sheet, colours that read on white and on black, a file that stays small.
+"""What all figures are drawn with: a transparent sheet, colours that read on white and on black, a small file.
 
-Next: `measure.py`, then `figures.py`.
+Next: `measure.py`, `trainings.py`, `figures.py`.
 """
 import io
 import os

@@ -4,17 +4,14 @@
     python -m tutorial.figures all               # every one of them: half a minute
     python -m tutorial.figures guidance --weights out/tiny/2 --out out/guidance.webp
 
-They show what the bundled model does, whatever its size; "rotations", "losses" and "line" show what `measure.py` found
-in the trainings of chapters 3 and 7. Every figure is 800 pixels wide, on nothing, in colours that read on white and on
-black.
+They show what the bundled model does, whatever its size; those of what trainings taught are in `trainings.py`. Every
+figure is 800 pixels wide, on nothing, in colours that read on white and on black.
 
 Shape letters: S prefix rows, T image tokens, P patches of the reference, L = S + T, C T5's width, H heads, V codes.
 """
 import argparse
 import colorsys
-import json
 import os
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -27,8 +24,9 @@ import weights
 from cli import InputError
 from model import guide, left_pad, make_mask
 from rope2d import PREFIX_ROPE, rope_table, token_positions
+from tutorial import trainings
 from tutorial.drawing import BLUE, FAINT, GREEN, HERE, INK, ORANGE, RED, WIDTH, Sheet, encoded
-from tutorial.measure import PLACES, ROTATIONS, attention_to_prefix, painted, pictures_of, prefix_of
+from tutorial.measure import attention_to_prefix, painted, pictures_of, prefix_of
 
 ROOT = os.path.dirname(HERE)
 REFERENCE, SUBJECT, TEXT = os.path.join(ROOT, "assets", "dog_face.png"), "dog face", "a dog face on a meadow"
@@ -38,12 +36,6 @@ def example(mentor, task="subject", subject=SUBJECT, text=TEXT):
     """The example's reference with its prompt, or another, as a batch of one."""
     image = data.open_image(REFERENCE)
     return data.collate([mentor.processor(data.prompt_for(task, [subject], text), [image], [subject])])
-
-
-def reference_of(sample):
-    """What CLIP sees of a sample's first reference, without its normalisation. -> PIL"""
-    pixels = sample["refs"][0] * torch.tensor(data.CLIP_STD).view(3, 1, 1) + torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
-    return data.to_image(2 * pixels - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,8 +155,7 @@ def draw_mask(mentor):
             for i in range(2):
                 sheet.text(x0 + 250, 40 + i * cell + 12, "nothing: NaN", RED, 13, "lm")
         sheet.text(x0 + 5 * cell, 4, caption, anchor="ma")
-    sheet.text(60, 292, "a line is a position that reads, a column one that is read; red: the diagonal of a padding row",
-               size=13)
+    sheet.text(60, 292, "a line is who reads, a column who is read; red: the diagonal of a padding row", size=13)
     sheet.text(60, 310, "line dot, the last of the prefix, predicts t0; line t0 predicts t1", size=13)
     return sheet.image
 
@@ -381,123 +372,6 @@ def draw_cache(mentor):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 6: the two stages
-
-TASKS = (("t2i", "text to image"), ("reconstruct", "reconstruction"), ("segment", "segmentation"),
-         ("recover", "recovery"), ("subject", "subject-driven"))
-
-
-def draw_tasks(mentor):
-    """One sample of every task: what the network is given, and what it has to write."""
-    side, sheet = 120, Sheet(5 * 132)
-    for i, (task, name) in enumerate(TASKS):
-        sample, y = painted(mentor, task, seed=11)[0], i * 132
-        if len(sample["refs"]):
-            sheet.paste(reference_of(sample), 4, y, side, smooth=True)
-        sheet.text(144, y + 8, name, size=17)
-        for j, line in enumerate(sample["prompt"].splitlines()):
-            sheet.text(144, y + 36 + 22 * j, line, BLUE, 14)
-        sheet.paste(data.to_image(sample["target"]), WIDTH - side - 6, y, side, smooth=True)
-        sheet.box(WIDTH - side - 6, y, side, side, outline=RED)
-    return sheet.image
-
-
-def table_of(path, heading):
-    """The first Markdown table under a heading that begins with an empty cell. -> list of rows, each a list of cells"""
-    with open(path, encoding="utf-8") as file:
-        section = file.read().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    lines = re.findall(r"^\| (.*) \|$", section, flags=re.MULTILINE)
-    return [[cell.strip() for cell in line.split(" | ")] for line in lines][2:]
-
-
-def draw_ablation(mentor):
-    """CP and PF of lab.md's ablation, and of the paper's Table 4 where it has the row."""
-    rows = table_of(os.path.join(HERE, "lab.md"), "The ablation")
-    sheet = Sheet(44 * len(rows) + 30)
-    for x, caption in ((255, "the small model"), (545, "the paper")):
-        sheet.text(x, 2, caption)
-    sheet.text(4, 2, "blue: CP", BLUE)
-    sheet.text(90, 2, "orange: PF", ORANGE)
-    for i, (name, cp, pf, *_, published) in enumerate(rows):
-        y = 32 + 44 * i
-        sheet.text(4, y + 6, name, size=13)
-        pairs = [(255, (cp.split()[0], pf.split()[0]))]
-        if published != "-":
-            pairs.append((545, published.split(" / ")[:2]))
-        for x, values in pairs:
-            for k, (value, colour) in enumerate(zip(values, (BLUE, ORANGE))):
-                sheet.bar(x, y + 15 * k, 200, float(value), colour)
-    return sheet.image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chapters 3 and 7: what trainings taught
-
-def draw_rotations(mentor):
-    """Three small models trained alike but for the prefix's rotation: where in the reference the head that looks
-    closest looks, and what they draw when told to copy."""
-    with np.load(os.path.join(HERE, "rotations.npz")) as found:
-        maps, shares, losses, targets, drawn = (found[name] for name in ("maps", "shares", "losses", "targets",
-                                                                         "drawn"))
-    side, sheet = 88, Sheet(4 * 118 + 10)
-    for k, target in enumerate(targets):
-        sheet.paste(Image.fromarray(target), 490 + 104 * k, 24, side, smooth=True)
-    sheet.text(4, 50, "where the token lies,", size=13)
-    sheet.text(4, 68, "and the pictures to copy", size=13)
-    patches = maps.shape[-1]
-    for j, (row, column) in enumerate(PLACES):
-        place = np.zeros((patches, patches))
-        place[int(row * patches), int(column * patches)] = 1
-        sheet.heat(place, 170 + 96 * j, 24, side, GREEN)
-    for i, name in enumerate(ROTATIONS):
-        y = 24 + 118 * (i + 1)
-        sheet.text(4, y + 8, name, size=17)
-        sheet.text(4, y + 34, f"{shares[i]:.0%} on the patch", size=13)
-        sheet.text(4, y + 52, f"loss {losses[i]:.2f} nats", size=13)
-        for j in range(3):
-            sheet.heat(maps[i, j] / maps[i, j].max(), 170 + 96 * j, y, side)
-        for k, image in enumerate(drawn[i]):
-            sheet.paste(Image.fromarray(image), 490 + 104 * k, y, side, smooth=True)
-    return sheet.image
-
-
-def draw_losses(mentor):
-    """The losses of the ten-minute model's stages, each task's, averaged over thirty steps."""
-    with open(os.path.join(HERE, "ten.json"), encoding="utf-8") as file:
-        stages = json.load(file)["losses"]
-    colours = {"t2i": BLUE, "reconstruct": ORANGE, "segment": GREEN, "picture": RED}
-    names = dict(TASKS) | {"picture": "the tokenizer's own"}
-    sheet, width = Sheet(300), 215
-    for i, (stage, curves) in enumerate(stages.items()):
-        x = 40 + i * 262
-        points = [point for curve in curves.values() for point in curve]
-        last, top = max(step for step, _ in points), max(loss for _, loss in points)
-        sheet.box(x, 30, width, 210, outline=INK)
-        sheet.text(x + width // 2, 8, f"{stage}, {last} steps", anchor="ma")
-        for share in (0, 0.5, 1):
-            sheet.text(x - 5, 240 - 210 * share, f"{top * share:.3g}", size=12, anchor="rm")
-        for task, curve in curves.items():
-            sheet.curve(curve, (x, 30, width, 210), (0, last, 0, top), colours[task])
-    for i, (task, colour) in enumerate(colours.items()):
-        sheet.text(40 + 190 * i, 262, names[task], colour, 14)
-    return sheet.image
-
-
-def draw_line(mentor):
-    """CP and PF of the bundled model, trained on as it stands, and trained on with one line changed."""
-    with open(os.path.join(HERE, "ten.json"), encoding="utf-8") as file:
-        scores = json.load(file)["line"]
-    sheet = Sheet(50 * len(scores) + 30)
-    sheet.text(4, 2, "blue: CP", BLUE)
-    sheet.text(90, 2, "orange: PF", ORANGE)
-    for i, (name, (cp, pf)) in enumerate(scores.items()):
-        sheet.text(4, 38 + 50 * i, name, size=14)
-        sheet.bar(330, 32 + 50 * i, 400, cp, BLUE)
-        sheet.bar(330, 48 + 50 * i, 400, pf, ORANGE)
-    return sheet.image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 FIGURES = {
@@ -515,11 +389,11 @@ FIGURES = {
     "guidance": draw_guidance,
     "choice": draw_choice,
     "cache": draw_cache,
-    "tasks": draw_tasks,
-    "ablation": draw_ablation,
-    "rotations": draw_rotations,
-    "losses": draw_losses,
-    "line": draw_line,
+    "tasks": trainings.draw_tasks,
+    "ablation": trainings.draw_ablation,
+    "rotations": trainings.draw_rotations,
+    "losses": trainings.draw_losses,
+    "line": trainings.draw_line,
 }
 SMALL = {"guidance": {"scales": (1, 3), "seeds": (0,)}, "codebook": {"most": 64}}         # what --small draws less of
 

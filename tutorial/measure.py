@@ -5,7 +5,7 @@
     python -m tutorial.measure line              # out/line/* -> tutorial/ten.json
 
 Shape letters: B batch, T image tokens, S prefix rows, L = S + T, P patches of the reference, H heads, hd channels a
-head. Next: `figures.py`.
+head. Next: `trainings.py`, then `figures.py`.
 """
 import argparse
 import json
