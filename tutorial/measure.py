@@ -128,8 +128,8 @@ def measure_losses(window=30, points=40):
 def measure_line():
     """CP and PF of the trainings of chapter 7, as `python -m world.evaluate world` left them."""
     scores = {}
-    for name, folder in (("the bundled model", "tiny"), ("150 steps as it stands", "before"),
-                         ("150 steps, the line changed", "after")):
+    for name, folder in (("the bundled model", "tiny"), ("80 steps as it stands", "before"),
+                         ("80 steps, the line changed", "after")):
         found = cli.read_json(os.path.join("out", "line", f"eval-{folder}", "world.json"), "scores")["subject"]
         scores[name] = [round(found["cp"], 3), round(found["pf"], 3)]
         print(f"{name}: CP {found['cp']:.3f}, PF {found['pf']:.3f}")
