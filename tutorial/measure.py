@@ -126,13 +126,15 @@ def measure_losses(window=30, points=40):
 
 
 def measure_line():
-    """CP and PF of the trainings of chapter 7, as `python -m world.evaluate world` left them."""
+    """CP and PF of the trainings of chapter 7, as `python -m world.evaluate world` left them, and their last losses."""
     scores = {}
-    for name, folder in (("the bundled model", "tiny"), ("80 steps as it stands", "before"),
-                         ("80 steps, the line changed", "after")):
+    for name, folder in (("the line as it stands", "before"), ("the line changed", "after")):
         found = cli.read_json(os.path.join("out", "line", f"eval-{folder}", "world.json"), "scores")["subject"]
         scores[name] = [round(found["cp"], 3), round(found["pf"], 3)]
-        print(f"{name}: CP {found['cp']:.3f}, PF {found['pf']:.3f}")
+        with open(os.path.join("out", "line", folder, "log.jsonl"), encoding="utf-8") as file:
+            *_, last = map(json.loads, file)
+        losses = ", ".join(f"{task} {loss:.3f}" for task, loss in last["val"].items())
+        print(f"{name}: CP {found['cp']:.3f}, PF {found['pf']:.3f}; validation losses: {losses}")
     keep({"line": scores})
 
 

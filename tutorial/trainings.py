@@ -124,7 +124,7 @@ def draw_losses(mentor):
 
 
 def draw_line(mentor):
-    """CP and PF of the bundled model, trained on as it stands, and trained on with one line changed."""
+    """CP and PF of the bundled model trained on, with the line as it stands and with the line changed."""
     scores = cli.read_json(TEN, "scores")["line"]
     sheet = Sheet(50 * len(scores) + 30)
     sheet.text(4, 2, "blue: CP", BLUE)
