@@ -180,7 +180,7 @@ COMMANDS = [(page.name, *command) for page in PAGES for block in blocks(page, "b
 
 
 def test_commands_are_found():
-    assert ("sample", ["--prompt", "a volcano", "--n", "4"]) in [command[1:] for command in COMMANDS]
+    assert ("prepare", ["folder", "out/mine"]) in [command[1:] for command in COMMANDS]
     assert len(COMMANDS) > 40
 
 
