@@ -278,3 +278,12 @@ def test_the_trainings_of_a_chapter_follow_from_each_other(chapter, copy):
     assert len(lines) >= 3
     for arguments in lines:
         run(copy, "world.train", *arguments, "--steps", "2", "--global-batch", "2")
+
+
+@pytest.mark.full
+def test_own_pictures_become_an_adapter_that_draws(copy):
+    lines = [command[1:] for command in COMMANDS if command[0] == "README.md" and "out/mine" in " ".join(command[2])]
+    assert [module for module, _ in lines] == ["world.rows", "prepare", "train", "sample"]
+    for module, arguments in lines:
+        run(copy, module, *arguments, *(["--steps", "2", "--global-batch", "2"] if module == "train" else []))
+    assert (copy / "out/blueberries-in-the-snow-3.png").exists()
