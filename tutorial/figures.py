@@ -393,7 +393,6 @@ FIGURES = {
     "ablation": trainings.draw_ablation,
     "rotations": trainings.draw_rotations,
     "losses": trainings.draw_losses,
-    "line": trainings.draw_line,
 }
 SMALL = {"guidance": {"scales": (1, 3), "seeds": (0,)}, "codebook": {"most": 64}}         # what --small draws less of
 

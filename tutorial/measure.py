@@ -2,7 +2,6 @@
 
     python -m tutorial.measure rotations         # out/ten/zero, identity and grid -> tutorial/rotations.npz
     python -m tutorial.measure losses            # the logs of out/ten/vqgan, pretrain and grid -> tutorial/ten.json
-    python -m tutorial.measure line              # out/line/* -> tutorial/ten.json
 
 Shape letters: B batch, T image tokens, S prefix rows, L = S + T, P patches of the reference, H heads, hd channels a
 head. Next: `trainings.py`, then `figures.py`.
@@ -101,12 +100,6 @@ def measure_rotations(count=16, shown=3):
             np.savez_compressed(file, targets=np.array(targets), **kept | {"maps": kept["maps"].astype(np.float16)})
 
 
-def keep(part):
-    """Writes a part into ten.json, beside the other."""
-    there = cli.read_json(TEN, "measured before") if os.path.exists(TEN) else {}
-    cli.write_json(TEN, there | part)
-
-
 def measure_losses(window=30, points=40):
     """The losses of the ten-minute model, each the mean of `window` steps."""
     stages = {}
@@ -122,23 +115,10 @@ def measure_losses(window=30, points=40):
             smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
             kept = np.linspace(0, len(smooth) - 1, points).round().astype(int)
             stages[stage][task] = [(int(steps[k + window - 1]), round(float(smooth[k]), 4)) for k in kept]
-    keep({"losses": stages})
+    cli.write_json(TEN, stages)
 
 
-def measure_line():
-    """CP and PF of the trainings of chapter 7, as `python -m world.evaluate world` left them, and their last losses."""
-    scores = {}
-    for name, folder in (("the line as it stands", "before"), ("the line changed", "after")):
-        found = cli.read_json(os.path.join("out", "line", f"eval-{folder}", "world.json"), "scores")["subject"]
-        scores[name] = [round(found["cp"], 3), round(found["pf"], 3)]
-        with open(os.path.join("out", "line", folder, "log.jsonl"), encoding="utf-8") as file:
-            *_, last = map(json.loads, file)
-        losses = ", ".join(f"{task} {loss:.3f}" for task, loss in last["val"].items())
-        print(f"{name}: CP {found['cp']:.3f}, PF {found['pf']:.3f}; validation losses: {losses}")
-    keep({"line": scores})
-
-
-MEASURES = {"rotations": measure_rotations, "losses": measure_losses, "line": measure_line}
+MEASURES = {"rotations": measure_rotations, "losses": measure_losses}
 
 
 @torch.inference_mode()

@@ -104,7 +104,7 @@ def draw_rotations(mentor):
 
 def draw_losses(mentor):
     """The losses of the ten-minute model's stages, each task's, averaged over thirty steps."""
-    stages = cli.read_json(TEN, "losses")["losses"]
+    stages = cli.read_json(TEN, "losses")
     colours = {"t2i": BLUE, "reconstruct": ORANGE, "segment": GREEN, "picture": RED}
     names = dict(TASKS) | {"picture": "the tokenizer's own"}
     sheet, width = Sheet(300), 215
@@ -120,17 +120,4 @@ def draw_losses(mentor):
             sheet.curve(curve, (x, 30, width, 210), (0, last, 0, top), colours[task])
     for i, (task, colour) in enumerate(colours.items()):
         sheet.text(40 + 190 * i, 262, names[task], colour, 14)
-    return sheet.image
-
-
-def draw_line(mentor):
-    """CP and PF of the bundled model trained on, with the line as it stands and with the line changed."""
-    scores = cli.read_json(TEN, "scores")["line"]
-    sheet = Sheet(50 * len(scores) + 30)
-    sheet.text(4, 2, "blue: CP", BLUE)
-    sheet.text(90, 2, "orange: PF", ORANGE)
-    for i, (name, (cp, pf)) in enumerate(scores.items()):
-        sheet.text(4, 38 + 50 * i, name, size=14)
-        sheet.bar(330, 32 + 50 * i, 400, cp, BLUE)
-        sheet.bar(330, 48 + 50 * i, 400, pf, ORANGE)
     return sheet.image
