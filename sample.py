@@ -34,8 +34,8 @@ from rope2d import PREFIX_ROPE
 VIEW = 256                 # smaller images are saved enlarged to about that many pixels a side
 ROOT = os.path.dirname(os.path.abspath(__file__))
 EXAMPLE = os.path.join(ROOT, "assets", "dog_face.png"), "a dog face on a meadow"
-ABOUT_TINY = ("weights: tiny, a small model that knows nothing but emoji before thirty painted scenes (README); "
-              "subjects come from --ref, without one it draws the scene; --weights mentor (10 GB) draws what is in "
+ABOUT_TINY = ("weights: tiny, a small model that knows nothing but emoji before thirty painted scenes "
+              "(tutorial/lab.md); subjects come from --ref, without one it draws the scene; --weights mentor (10 GB) draws what is in "
               "photographs")
 MORE_EXAMPLES = """other things to try:
   python sample.py --ref assets/dog_face.png --prompt "a dog face under water" --n 4

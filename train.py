@@ -702,7 +702,8 @@ def main(argv=None):
     if args.dry_run:
         return plan(args, stage) if os.environ.get("RANK", "0") == "0" else None
     if example and os.environ.get("RANK", "0") == "0":
-        print(f"there is no data/: fine-tuning the small bundled model on the example rows of {EXAMPLE_DATA} (README)")
+        print("there is no data/: fine-tuning the small bundled model on the example rows of "
+              f"{EXAMPLE_DATA} (tutorial/training.md)")
     fit(args, stage, replace_old=args.out == EXAMPLE_OUT)
 
 

@@ -325,7 +325,7 @@ def locate(weights):
             if is_public_folder({name: paths[0]}):
                 raise InputError(f"{weights}: its config.json is another program's; name a repository with a folder "
                                  "that `weights.py convert` wrote, or download its files beside those that it needs "
-                                 "(README)")
+                                 "(tutorial/drawing.md)")
             if reads_word_pieces(read_config(paths[0])):
                 paths.append(download(repo, WORDS))
         if name.endswith(".index.json"):
@@ -672,7 +672,7 @@ def sort_public_files(weights, paths):
     needed = {"vqgan"} if "mentor" in files else {"vqgan", "decoder", "t5", "clip"}
     missing = sorted(needed - set(files))
     if missing:
-        raise InputError(f"{weights}: no file there holds the {' or the '.join(missing)}; add it (README, weights)")
+        raise InputError(f"{weights}: no file there holds the {' or the '.join(missing)}; add it (tutorial/drawing.md)")
     return files
 
 

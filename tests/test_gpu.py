@@ -1,7 +1,7 @@
 """What only a GPU can prove; each test skips, and says why, where a card is missing.
 
     python -m pytest -m gpu                       # about ten minutes on one card, a few more on several
-    python -m pytest -m gpu -s -k bench           # prints the table of the README's "Speed"
+    python -m pytest -m gpu -s -k bench           # prints the speeds as tutorial/measurements.md has them
 
 All other tests run on a CPU, where nothing is replayed as a graph, rounded by autocast or sent by NCCL. Here the same
 network draws and trains on the card and must do what it does there. The bounds leave room for rounding only: they are
