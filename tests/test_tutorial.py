@@ -250,7 +250,7 @@ def test_every_diff_is_tested():
 
 @pytest.mark.full
 def test_the_python_of_the_pages_runs(copy):
-    pieces = [block for page in (ROOT / "README.md", *CHAPTERS)
+    pieces = [block for page in (ROOT / "tutorial" / "drawing.md", *CHAPTERS)
               for block in re.findall(r"(?<!-->\n)^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
     assert len(pieces) >= 2
     (copy / "out").mkdir()
@@ -261,7 +261,7 @@ def test_the_python_of_the_pages_runs(copy):
 
 @pytest.mark.full
 def test_sampling_with_the_bundled_weights_runs_as_it_stands(copy):
-    pages = {"README.md", *(chapter.name for chapter in CHAPTERS)}
+    pages = {"README.md", "drawing.md", *(chapter.name for chapter in CHAPTERS)}
     lines = [arguments for page, module, arguments in COMMANDS
              if module == "sample" and page in pages and not {"--weights", "--prompts"} & set(arguments)]
     assert len(lines) >= 8
