@@ -39,6 +39,7 @@ def draw(mentor, about, fields, tell, stop):
 def page(gr, mentor, about):
     """The page; gr: the module gradio, the others as `draw` takes them. -> gradio.Blocks"""
     def drawn(*fields):
+        """Yields what the page shows: the pictures so far, then the finished ones and the file to download."""
         told, stop = queue.SimpleQueue(), threading.Event()
         with ThreadPoolExecutor(1, initializer=cli.pick_device, initargs=[str(mentor.device)]) as pool:
             work = pool.submit(draw, mentor, about, fields, told.put, stop)
@@ -79,7 +80,7 @@ def main(argv=None):
         import gradio as gr
     except ImportError:
         raise cli.InputError("this page needs Gradio; pip install gradio") from None
-    about = {"weights": args.weights, "lora": args.lora, "dtype": "bf16" if args.device.startswith("cuda") else "fp32"}
+    about = {"weights": args.weights, "lora": args.lora, "dtype": weights.usual_dtype(args.device)}
     mentor = weights.load(args.weights, args.device, weights.DTYPES[about["dtype"]], lora=args.lora)
     try:
         page(gr, mentor, about).launch(server_port=args.port)

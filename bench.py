@@ -34,7 +34,7 @@ from fast import Graphs, compile_blocks, decode_in_int8, use_fast_products
 from model import SIZES, Decoder, Mentor, Prefix, Sampling, sample_tokens
 from train import STAGES, TokenObjective, freeze, make_optimizers
 from vqgan import VQGAN
-from weights import DTYPES, byte_tokenizer
+from weights import DTYPES, byte_tokenizer, usual_dtype
 
 CARDS = (8, 12, 16, 24)          # GB of common graphics cards
 TEXT = 64                        # rows of a prompt beside its pictures
@@ -399,7 +399,7 @@ def parse(argv):
     args.pixels = args.pixels or pixels
     args.device = cli.pick_device(args.device, ("cuda", "cpu"))
     on_cuda = args.device.startswith("cuda")
-    args.dtype = args.dtype or ["bf16" if on_cuda else "fp32"]
+    args.dtype = args.dtype or [usual_dtype(args.device)]
     if "int8" in args.dtype and (args.command != "decode" or on_cuda):
         raise InputError("--dtype int8 is for decode on a CPU; take another one")
     if args.compile is None:

@@ -346,6 +346,7 @@ def synthesize(args, store, model):
                          lambda answer: texts_in(answer, "prompts", WORDS)[:count], temperature=1)
 
     def draw(prompt):
+        """-> Picture of a prompt; Rejected where it is not wanted or refused"""
         check_wanted(args.reject, model, prompt, f'\nThis is about a picture of: "{prompt}"')
         question = [painter.model, args.t2i_size, prompt]
         name = f"synthetic/{hashlib.blake2b(json.dumps(question).encode(), digest_size=6).hexdigest()}.png"

@@ -253,7 +253,7 @@ class Results:
 
 def load_model(args, ranks):
     """-> model whose sampling settings are its own but for the flags given, and all that decides what it draws."""
-    dtype = args.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
+    dtype = args.dtype or weights.usual_dtype(ranks.device)
     mentor = weights.load(args.weights, device=ranks.device, dtype=weights.DTYPES[dtype])
     sampling = replace(mentor.config.sampling, **cli.given_sampling(args))
     sampling.check(mentor.config.decoder.codes)

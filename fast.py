@@ -253,7 +253,7 @@ def decode_in_int8(decoder):
         layer.feed_forward.join()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(Int8Linear.pack, int8_linears(decoder).values()))
-        list(pool.map(collapse_to_huge_pages, *zip(*own_memory())))
+        list(pool.map(lambda addresses: use_huge_pages(*addresses, MADV_COLLAPSE), own_memory()))
     decoder.cache = Int8Cache
 
 
@@ -272,21 +272,17 @@ HUGE, MADV_HUGEPAGE, MADV_COLLAPSE = 2 << 20, 14, 25           # the last since 
 
 
 def use_huge_pages(start, end, advice=MADV_HUGEPAGE):
-    """Asks Linux for huge pages in a range of addresses that nothing was written to; it may grant them."""
+    """Asks Linux for huge pages in a range of addresses, which it may grant. advice: MADV_HUGEPAGE where nothing was
+    written yet, MADV_COLLAPSE to move what was."""
     start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
     if sys.platform == "linux" and start < end:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
-def collapse_to_huge_pages(start, end):
-    """Moves what lies in a range of addresses to huge pages."""
-    use_huge_pages(start, end, MADV_COLLAPSE)
-
-
 def own_memory(piece=64 << 20):
     """All that this process has allocated, because FBGEMM does not tell where its matrices lie. -> [(start, end)]"""
     if not os.path.exists("/proc/self/maps"):
-        return [(0, 0)]
+        return []
     with open("/proc/self/maps", encoding="utf-8") as file:
         regions = [line.split() for line in file]
     ranges = [map(partial(int, base=16), addresses.split("-")) for addresses, access, _, _, _, *name in regions

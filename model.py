@@ -227,7 +227,6 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, mask, kv, at)                                            # (B, H, L, hd)
         return self.dropout(self.wo(y.transpose(1, 2).flatten(-2)))                       # (B, L, D)
 
-
     def attend(self, q, k, v, mask, kv, at):
         """Softmax attention over the new keys and values, or over the cache once they are in it."""
         if kv is not None:

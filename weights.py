@@ -718,6 +718,11 @@ compile_blocks = fast.compile_blocks           # for sample.py, which knows what
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
+def usual_dtype(device):
+    """What a network computes in for drawing where nothing else is asked for. -> a name of DTYPES"""
+    return "bf16" if str(device).startswith("cuda") else "fp32"
+
+
 def random_model(config, tokenizer, seed=0, t5_decoder=False):
     """Seeded weights, ready to be trained."""
     tokenizer.add_special_tokens([IMAGE])
