@@ -35,8 +35,8 @@ VIEW = 256                 # smaller images are saved enlarged to about that man
 ROOT = os.path.dirname(os.path.abspath(__file__))
 EXAMPLE = os.path.join(ROOT, "assets", "dog_face.png"), "a dog face on a meadow"
 ABOUT_TINY = ("weights: tiny, a small model that knows nothing but emoji before thirty painted scenes "
-              "(tutorial/lab.md); subjects come from --ref, without one it draws the scene; --weights mentor (10 GB) draws what is in "
-              "photographs")
+              "(tutorial/lab.md); subjects come from --ref, without one it draws the scene; --weights mentor (10 GB) "
+              "draws what is in photographs")
 MORE_EXAMPLES = """other things to try:
   python sample.py --ref assets/dog_face.png --prompt "a dog face under water" --n 4
   python sample.py --ref assets/penguin.png --prompt "a penguin in the snow"
@@ -149,6 +149,7 @@ def as_it_grows(mentor, show, size=None):
     due = 0.0
 
     def progress(tokens):
+        """tokens: all so far, [(B,), ...]"""
         nonlocal due
         began, missing = time.perf_counter(), grid * grid - len(tokens)
         if 0 < missing and missing % grid == 0 and began >= due:
@@ -204,7 +205,7 @@ def main(argv=None):
     args = parse(argv)
     requests = requests_of(args)
     ranks = Ranks.join(args.device or cli.pick_device())
-    device, dtype = ranks.device, args.dtype or ("bf16" if ranks.device.type == "cuda" else "fp32")
+    device, dtype = ranks.device, args.dtype or weights.usual_dtype(ranks.device)
     sys.stdout = cli.Output(None) if ranks.rank else sys.stdout              # one process speaks for all
     if ranks.rank == 0:
         cli.probe(args.out if args.out.lower().endswith(".png") else os.path.join(args.out, "picture.png"))
@@ -241,7 +242,8 @@ def main(argv=None):
         return ranks.leave()
     settings = {"prompt": requests[0].prompt, "refs": args.ref, "seed": args.seed, "n": args.n, **common}
     seeds = range(args.seed, args.seed + args.n)
-    names = cli.picture_names(args.out, requests[0].prompt, seeds)
+    # without --watch only when all is drawn: another command may have taken a name meanwhile
+    names = args.watch and cli.picture_names(args.out, requests[0].prompt, seeds)
 
     def show(images):
         for image, name, seed in zip(images, names[0], seeds):
@@ -249,7 +251,7 @@ def main(argv=None):
 
     images = draw(mentor, args, requests, seeds, as_it_grows(mentor, show, size) if args.watch else True)
     seconds = time.perf_counter() - start
-    cli.save_all(images, names, settings)
+    cli.save_all(images, names or cli.picture_names(args.out, requests[0].prompt, seeds), settings)
     print(f"{seconds / args.n:.1f} s a picture of {size} x {size} pixels")
     if args.example:
         print(MORE_EXAMPLES)
