@@ -37,7 +37,7 @@ def pictures(task, n, held_out=False, seed=0, several=2):
 # Pictures and words
 
 def test_held_out_subjects_and_families_never_appear_in_training():
-    families = {subject.family for subject in subjects() if subject.held_out}
+    families = {subject.family for subject in subjects() if subject.held_out is True}
     for task in ("subject", "multi"):
         for held_out in (False, True):
             for picture in pictures(task, 300, held_out):
@@ -47,10 +47,11 @@ def test_held_out_subjects_and_families_never_appear_in_training():
                 assert not any(subjects()[i].family in families for i in named)           # a name alone must be known
                 shown = {sprite.appearance.subject for sprite in picture.sprites}
                 assert shown == {*description.subjects, *named}
+                assert len(set(description.labels)) == len(description.labels)   # nor one subject in two designs
 
 
-def test_a_pair_shares_its_appearance_but_not_its_scene_and_seldom_moves_far():
-    near, colours, pairs = 0, [], pictures("subject", 200)
+def test_a_pair_shares_its_appearance_but_not_its_scene_and_seldom_moves():
+    counts, colours, pairs = dict.fromkeys(rows.MOVES, 0), [], pictures("subject", 200)
     for picture in pairs:
         in_reference, = picture.others
         target, reference = picture.sprites[0], in_reference.sprites[0]
@@ -58,12 +59,17 @@ def test_a_pair_shares_its_appearance_but_not_its_scene_and_seldom_moves_far():
         assert len(in_reference.sprites) == 1
         assert target.appearance == reference.appearance and other.subjects == description.subjects
         assert description.scene != other.scene and other.style is None
-        moved = max(abs(target.x - reference.x), abs(target.y - reference.y))
-        near += moved < 4 and 0.84 < reference.side / target.side < 1.16
+        move, = picture.moves
+        counts[move] += 1
+        if description.hat is None:                      # a hat's room moves a subject down
+            assert abs(target.x - reference.x) <= rows.MOVES[move].x
+            assert abs(target.y - reference.y) <= rows.MOVES[move].y
+            assert abs(reference.side / target.side - 1) <= rows.MOVES[move].scale + 1e-9
         if len(picture.sprites) == 1 and not description.style:
             seen = [np.asarray(one.image)[one.masks[0]].mean(axis=0) for one in (picture, in_reference)]
             colours.append(np.abs(seen[0] - seen[1]).max())
-    assert 0.6 < near / len(pairs) < 0.95
+    for move, count in counts.items():
+        assert abs(count / len(pairs) - rows.MOVES[move].share) < 0.1
     assert np.median(colours) < 8 and max(colours) < 45              # what shines through at the edges differs
     assert len({picture.others[0].description.scene for picture in pairs}) > 20
 
@@ -146,8 +152,16 @@ def test_batches_of_all_tasks_come_by_their_weights():
         assert abs(seen[task] / 600 - count / 1000) < 0.06, seen
 
 
-def test_in_training_a_fifth_of_the_references_go_by_a_made_up_name_and_held_out_ones_never():
-    for held_out, low, high in ((False, 0.1, 0.3), (True, 0, 0)):
+def test_moves_and_names_of_references_can_be_chosen():
+    samples = EmojiData(processor(), weights={"subject": 1}, held_out=True, moves=("far",), called=("quilt", "walrus"))
+    for k in range(10):
+        meta, prompt = samples[k]["meta"], samples[k]["prompt"]
+        assert meta["moves"] == ("far",) and re.search("The (.*) in <image>", prompt)[1] in ("quilt", "walrus")
+        assert meta["labels"][0] not in prompt
+
+
+def test_in_training_some_references_go_by_a_made_up_name_and_held_out_ones_never():
+    for held_out, low, high in ((False, 0.2, 0.4), (True, 0, 0)):
         samples = EmojiData(processor(), weights={"segment": 1, "subject": 1}, held_out=held_out)
         renamed = 0
         for k in range(150):
@@ -228,7 +242,7 @@ def files_below(folder):
 def test_an_export_is_read_as_any_other_data(tmp_path, capsys):
     rows.main(["export", str(tmp_path), "--n", "24", "--held-out"])
     assert "24 rows" in capsys.readouterr().out
-    held_out = {subject.label for subject in subjects() if subject.held_out}
+    held_out = {subject.label for subject in subjects() if subject.held_out is True}
     for line in read_lines(tmp_path / "data.jsonl"):
         objects = json.loads(line).get("objects", [])
         assert held_out.issuperset([objects] if isinstance(objects, str) else objects)
@@ -268,7 +282,7 @@ def test_the_example_in_the_repository_serves_every_stage():
 
 
 def test_the_examples_validation_rows_and_backgrounds_hold_nothing_that_is_trained_on():
-    held_out = {subject.label for subject in subjects() if subject.held_out}
+    held_out = {subject.label for subject in subjects() if subject.held_out is True}
     for name, expected in (("data", False), ("val", True)):
         for line in read_lines(os.path.join(EXAMPLE, f"{name}.jsonl")):
             objects = json.loads(line).get("objects", [])

@@ -214,3 +214,24 @@ def test_a_tokenizer_and_its_discriminator_are_clipped_apart():
     before, after = train.clip_gradients(tokenizer), train.clip_gradients(critic)
     assert before < 1 < after and all((p.grad == 1e-9).all() for p in moved[0])
     assert train.clip_gradients(critic) == pytest.approx(train.CLIP_NORM, rel=1e-3)
+
+
+def test_grown_weights_draw_what_they_drew_before_and_every_new_part_learns():
+    small, task = weights.load("tiny"), {"reconstruct": 1}
+    torch.manual_seed(0)
+    larger = world_train.grow(small)
+    samples = world_train.EmojiData(small.processor, weights=task, held_out=True)
+    batch = data.collate([samples[k] for k in range(4)])
+    with torch.no_grad():
+        prefix = small.prefix(batch["ids"], batch["mask"], batch["refs"])
+        tokens, codes = small.target_tokens(batch), small.config.vqgan.codes
+        logits = small.decoder(prefix, tokens[:, :-1], small.config.grid)                 # (4, T, V)
+        for inputs in (tokens, tokens + codes):                                           # either half of every code
+            both = larger.decoder(prefix, inputs[:, :-1], small.config.grid)              # (4, T, 2 V)
+            assert torch.allclose(both, torch.cat([logits, logits], dim=-1), atol=1e-3)
+    objective = train.TokenObjective(larger)
+    world_train.train.freeze(objective, ("encoder", "projector", "decoder"))
+    objective(batch).sum().backward()
+    new = larger.decoder.layers[-1]
+    assert new.attention.wo.weight.grad.abs().max() > 0 and new.feed_forward.w2.weight.grad.abs().max() > 0
+    assert (larger.target_tokens(batch) >= codes).float().mean() > 0.2                    # both halves are in use

@@ -36,14 +36,28 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SEED = 73                                  # of the samples that are scored; no training and no tuning uses it
 
 
+UNKNOWN = ("blueberries", "cloudberry", "redwood", "goldfinch", "greenfly", "snowplough", "beachball", "roadrunner",
+           "skylark", "mountaineer", "stagecoach", "wheatear", "spaceport", "bluebell", "pinkfoot", "rainmaker",
+           "fireguard", "sandpiper", "moonstone", "waterwheel", "greyhound", "cityscape", "leafhopper", "sunhat",
+           "roadblock", "booklet", "orangery", "whitefish", "purpleheart", "yellowtail", "xylophone", "zeppelin",
+           "quilt", "thimble", "walrus", "turnip", "gargoyle", "jackdaw", "bagpipes", "harpsichord")
+
+
 class Test(NamedTuple):
     """What a model is asked for."""
     task: str
     several: int = 1                       # subjects, of task multi
+    held_out: bool | str = True            # as a Subject has it
+    moves: tuple = tuple(rows.MOVES)       # how a subject may lie in its reference
+    called: tuple = ()                     # names for references in place of their own
 
 
 TESTS = {
     "subject": Test("subject"),
+    "still": Test("subject", moves=("still",)),            # the reference shows the subject where the picture has it
+    "far": Test("subject", moves=("far",)),
+    "new design": Test("subject", held_out=sprites.NEW_DESIGN),
+    "unknown names": Test("subject", called=UNKNOWN),      # words that no training sample holds
     "two subjects": Test("multi", 2),
     "three subjects": Test("multi", 3),
     "four subjects": Test("multi", 4),
@@ -101,8 +115,9 @@ def batch_scores(judge, task, images, targets, metas):
 @torch.inference_mode()
 def score_test(mentor, judge, test, args):
     """-> {score: (args.samples,)}, and the first args.show samples, each with the image made for it"""
-    dataset = rows.EmojiData(mentor.processor, mentor.config.image_size, {test.task: 1}, args.seed, held_out=True,
-                             extras=False, several=(test.several,))
+    dataset = rows.EmojiData(mentor.processor, mentor.config.image_size, {test.task: 1}, args.seed,
+                             held_out=test.held_out, extras=False, several=(test.several,), moves=test.moves,
+                             called=test.called)
     parts, shown = [], []
     for start in cli.bar(range(0, args.samples, args.batch), desc=test.task, leave=False):
         stop = min(start + args.batch, args.samples)
@@ -125,9 +140,9 @@ def score_world(mentor, judge, args):
         scores, shown = score_test(mentor, judge, TESTS[name], args)
         results[name] = {score: values.mean().item() for score, values in scores.items()}
         tiles += [data.tile(sample, places, image) for sample, image in shown]
-    if "subject" in results:
-        cp, pf = results["subject"]["cp"], results["subject"]["pf"]
-        results["subject"] |= {"cp*pf": cp * pf, "cp/pf": cp / max(pf, 1e-9)}
+    for scores in results.values():
+        if "cp" in scores:
+            scores |= {"cp*pf": scores["cp"] * scores["pf"], "cp/pf": scores["cp"] / max(scores["pf"], 1e-9)}
     return results, cli.contact_sheet(tiles, columns=4)
 
 

@@ -34,12 +34,12 @@ HUE_TOLERANCE = 45                    # degrees by which a hue may differ and st
 
 @functools.cache
 def held_out():
-    """Indices of the subjects that no model has seen in training."""
+    """Indices of the subjects that no model has seen in training, or not in this design."""
     return [i for i, subject in enumerate(sprites.subjects()) if subject.held_out]
 
 
 class Judge(nn.Module):
-    """(B, 3, 64, 64) in [-1, 1] -> scene logits (B, 30), held-out subject logits (B, 89), hue as a direction (B, 2)"""
+    """(B, 3, 64, 64) in [-1, 1] -> scene logits (B, 30), held-out subject logits (B, 258), hue as a direction (B, 2)"""
 
     def __init__(self):
         super().__init__()
@@ -89,9 +89,9 @@ def true_images(seed, start, count, several=1):
 
     -> images start, start + 1, ... (count, 3, 64, 64), [meta as of EmojiData's samples]
     """
-    world, images, metas = World(held_out=True), [], []
+    worlds, images, metas = [World(True), World(True), World(sprites.NEW_DESIGN)], [], []
     for k in range(start, start + count):
-        rng = np.random.default_rng((seed, several, k))
+        rng, world = np.random.default_rng((seed, several, k)), worlds[k % 3]
         description = world.describe(rng, "multi" if several > 1 else "t2i", extras=False, several=several)
         background = scenes.paint(rng, description.scene)
         placed, _ = world.place(rng, description, background)        # without the references, which nobody looks at

@@ -1,16 +1,16 @@
 """A small world to train and to measure a small model in: emoji before painted scenes, as many samples as one asks for.
 
-Some 900 emoji (`sprites.py`) stand before 30 scenes (`scenes.py`), 64 x 64 pixels, for all six of MENTOR's tasks and
-for learning from examples (`rules.py`). Every instance of an emoji has its own hue, saturation and orientation. No
-prompt ever mentions these, so a model can show this very instance only if it reads the reference. A tenth of the emoji
-is held out of training.
+Some 900 emoji in two designs (`sprites.py`) stand before 30 scenes (`scenes.py`), 64 x 64 pixels, for all six of
+MENTOR's tasks and for learning from examples (`rules.py`). Every instance of an emoji has its own hue, saturation and
+orientation. No prompt ever mentions these or the design, so a model can show this very instance only if it reads the
+reference. A tenth of the emoji is held out of training.
 
     python -m world.rows look                        # a contact sheet of scenes and tasks: out/world.png
     python -m world.rows export out/world --n 200    # a data set on a disk: data.jsonl, val.jsonl, backgrounds.jsonl
     python -m world.rows export assets/example --n 36    # the one that comes with this repository
     python -m world.rows export out/icl --tasks icl  # lessons: two examples of a rule and a query
     python -m world.rows subject "dog face" out/dog  # images of one instance, with captions and masks
-    python -m world.rows atlas                       # draws assets/emoji.webp again
+    python -m world.rows atlas                       # draws assets/emoji-*.webp again
 
 `EmojiData` stands in for `data.TaskData`; sample k is a function of (seed, k) alone. Next: `scenes.py`.
 """
@@ -18,6 +18,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,8 +32,8 @@ from weights import byte_tokenizer
 from world import scenes
 from world.rules import EXAMPLES, RULES, TURNS, Lesson
 from world.scenes import PLAIN, SCENES, SIZE, STYLES
-from world.sprites import (ALONE, CROWDED, CROWDS, Appearance, PlacedSprite, contrast, draw_atlas, hat_on, hue_matrix,
-                           inside, paste, subjects)
+from world.sprites import (ALONE, CROWDED, CROWDS, DESIGNS, Appearance, PlacedSprite, contrast, draw_atlas, hat_on,
+                           hue_matrix, inside, paste, subjects)
 
 TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")     # for which `World.picture` paints
 
@@ -42,6 +43,8 @@ TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")     # f
 TEMPLATES = ("{it} {where}", "{where}, {it}", "a picture of {it} {where}", "{it}, {where}", "you see {it} {where}")
 SCENE_WORDS = sorted({word for entry in SCENES.values() for phrase in entry.phrases for word in phrase.split()
                       if len(word) > 2 and word not in ("the", "and")})
+CONSONANTS, VOWELS = ("b", "br", "ch", "d", "f", "g", "l", "m", "p", "r", "s", "st", "t", "w"), ("a", "e", "i", "o", "u")
+ENDINGS = ("", "", "n", "r", "s", "ck", "rry", "rries")
 HATS = ("top hat", "crown", "billed cap", "helmet", "woman's hat", "military helmet")
 
 
@@ -89,12 +92,15 @@ class Description:
 
 
 def made_up_name(rng, names):
-    """A word from a scene and one from a known name, in either order: "beach fork", "ringblue"."""
+    """A word from a scene and one from a known name or from nowhere, in either order: "beach fork", "moruvablue"."""
     scene_word = pick(rng, SCENE_WORDS)
-    name_word = pick(rng, pick(rng, names).split())
+    other_word = pick(rng, pick(rng, names).split())
+    if rng.random() < 0.5:
+        syllables = [pick(rng, CONSONANTS) + pick(rng, VOWELS) for _ in range(int(rng.integers(2, 4)))]
+        other_word = "".join(syllables) + pick(rng, ENDINGS)
     between = pick(rng, (" ", ""))
     order = pick(rng, (1, -1))
-    return between.join([scene_word, name_word][::order])
+    return between.join([scene_word, other_word][::order])
 
 
 def renamed(prompt, label, name):
@@ -106,6 +112,7 @@ def renamed(prompt, label, name):
 def captions(n, seed=0):
     """Yields n prompts of all tasks and of all subjects, the held-out ones too: to train the text tokenizer on."""
     world = World(held_out=None)
+    world.subjects = [i for i in world.subjects if subjects()[i].design == DESIGNS[0]]    # names are the same in all
     for k in range(n):
         rng = np.random.default_rng((seed, k))
         task = pick(rng, TASKS)
@@ -134,9 +141,23 @@ def small_tokenizer():
 
 CONTRAST, TRIES = 105, 8     # least distance in RGB of a sprite's rim to what it covers; appearances tried for it
 STYLED, HATTED, BESIDE = 0.15, 0.1, 0.1      # how often, in the tasks that have room for it
-RENAMED = 0.2                                # how often a made-up name stands for the subject that a reference shows
+RENAMED = 0.3                                # how often a made-up name stands for the subject that a reference shows
 PLAIN_REFERENCE = 0.5                        # how often a pair's reference shows a plain colour behind its subject
-STAYS, NEAR, FAR = 0.75, (3, 3, 0.15), (14, 12, 0.35)    # how often a pair's subject moves little; pixels, scale
+
+
+class Move(NamedTuple):
+    """How a subject may lie in its reference compared with the picture."""
+    share: float         # of the pairs
+    x: float             # pixels by which it lies elsewhere, at most
+    y: float
+    scale: float         # by which it is larger or smaller, at most
+
+
+MOVES = {
+    "still": Move(0.7, 0, 0, 0),
+    "near": Move(0.15, 3, 3, 0.15),
+    "far": Move(0.15, 14, 12, 0.35),
+}
 
 
 @dataclass(frozen=True)
@@ -148,15 +169,21 @@ class Picture:
     masks: list                  # of each sprite (SIZE, SIZE) bool, the description's subjects first
     sprites: list                # PlacedSprites in the same order
     others: tuple = ()           # the references' pictures, in recovery the background
+    moves: tuple = ()            # of each reference's subject, one of MOVES
 
 
 class World:
-    """Makes pictures of the subjects of one split. held_out: None = all subjects."""
+    """Makes pictures of the subjects of one split. held_out: as a Subject has it, None = all subjects; moves: the MOVES
+    that references may make."""
 
-    def __init__(self, held_out=False):
+    def __init__(self, held_out=False, moves=tuple(MOVES)):
         everyone = range(len(subjects()))
         self.subjects = [i for i in everyone if held_out is None or subjects()[i].held_out == held_out]
-        self.known = [i for i in everyone if not subjects()[i].held_out]      # what a caption alone may name
+        # what a caption alone may name: in one design, or nobody could know which is meant
+        self.known = [i for i in everyone if not subjects()[i].held_out and subjects()[i].design == DESIGNS[0]]
+        self.moves = moves
+        shares = np.array([MOVES[name].share for name in moves])
+        self.move_shares = shares / shares.sum()
         self.hats = [i for i in self.known if subjects()[i].label in HATS]
 
     def describe(self, rng, task, extras=True, several=2):
@@ -164,7 +191,8 @@ class World:
         task multi"""
         chosen = [pick(rng, self.subjects)]
         while task == "multi" and len(chosen) < several:
-            chosen.append(pick(rng, [i for i in self.subjects if i not in chosen]))
+            labels = [subjects()[i].label for i in chosen]
+            chosen.append(pick(rng, [i for i in self.subjects if subjects()[i].label not in labels]))
         description = Description(tuple(chosen), pick(rng, list(SCENES)))
         chance = rng.random()
         if not extras or task not in ("t2i", "reconstruct", "subject"):
@@ -196,20 +224,18 @@ class World:
                 break
         return chosen
 
-    def place_in_reference(self, rng, place, crowded):
+    def place_in_reference(self, rng, place, move, crowded):
         """Where a reference has the subject that its picture has at a place (x, y, side). -> x, y, side"""
-        direction = rng.uniform(-1, 1, 3)
-        stays = rng.random() < STAYS
-        if crowded and not stays:                        # as a reference of its own would have it: large, in the middle
+        if crowded and move == "far":                    # as a reference of its own would have it: large, in the middle
             return rng.uniform(24, 40), rng.uniform(27, 41), rng.uniform(*ALONE)
-        dx, dy, scale = (direction * (NEAR if stays else FAR)).tolist()
+        dx, dy, scale = (rng.uniform(-1, 1, 3) * MOVES[move][1:]).tolist()
         x, y, side = place
         return x + dx, y + dy, side * (1 + scale)
 
-    def place(self, rng, description, background, references=()):
+    def place(self, rng, description, background, references=(), moves=()):
         """Places what is described before a background, and each subject before its reference's background, if there
-        are any: the same instance, most often at about the same place. Hat and second emoji come before the first
-        background only. -> its PlacedSprites, [PlacedSprite of each reference]"""
+        are any, moved as the moves say: the same instance. Hat and second emoji come before the first background only.
+        -> its PlacedSprites, [PlacedSprite of each reference]"""
         crowd = CROWDS.get(len(description.subjects))
         room_above = 0 if description.hat is None else 9
         columns = (17, 47) if rng.random() < 0.5 else (47, 17)       # x of a subject and of an emoji beside it
@@ -224,7 +250,7 @@ class World:
                 x = rng.uniform(24, 40) if description.beside is None else columns[0] + rng.uniform(-3, 3)
             places, backgrounds = [(x, y, side, room_above)], [background, *references[k:k + 1]]
             if references:
-                places.append((*self.place_in_reference(rng, (x, y, side), crowd is not None), 0))
+                places.append((*self.place_in_reference(rng, (x, y, side), moves[k], crowd is not None), 0))
             first, *rest = self.standing_out(rng, subject, places, backgrounds)
             placed.append(first)
             in_references += rest
@@ -248,7 +274,8 @@ class World:
         texts = [one.caption(rng) for one in descriptions]
         backgrounds = [scenes.paint(rng, one.scene) for one in descriptions]
         references = () if task == "recover" else backgrounds[1:]
-        placed, in_references = self.place(rng, description, backgrounds[0], references)
+        moves = tuple(str(rng.choice(self.moves, p=self.move_shares)) for _ in references)
+        placed, in_references = self.place(rng, description, backgrounds[0], references, moves)
         sprites = [placed] + [[sprite] for sprite in in_references]
         if task == "recover":
             sprites.append([])                           # the other one stays an empty scene
@@ -256,7 +283,7 @@ class World:
         for one, text, background, its_sprites in zip(descriptions, texts, backgrounds, sprites):
             image, masks = paste(background, its_sprites, one.style)
             pictures.append(Picture(one, text, image, masks, its_sprites))
-        return replace(pictures[0], others=tuple(pictures[1:]))
+        return replace(pictures[0], others=tuple(pictures[1:]), moves=moves)
 
     def lesson(self, rng):
         """-> Lesson: an instance of a rule, shown by examples. Nothing but the rule's outputs depends on the rule."""
@@ -309,15 +336,15 @@ class EmojiData(Dataset):
     weights: {task: its share}, default all of TASKS alike; besides them there are "icl" (a Lesson), "caption" (a
     picture's caption as labels) and "picture" (the target of any task alone, for a VQGAN). length: samples in an epoch;
     those after it are new ones. extras: styles, hats and second emoji may come in. several: numbers of subjects that a
-    sample of task multi may have. In training references are at times called by made-up names; otherwise "beach
-    umbrella" and "blueberries", never met before, would be read as scenes. A sample also has "meta": what is seen in
-    it, to score a model's images by.
+    sample of task multi may have. moves: as of World. In training references are at times called by made-up names;
+    otherwise "beach umbrella" and "blueberries", never met before, would be read as scenes. called: names to call all
+    references by instead of their own. A sample also has "meta": what is seen in it, to score a model's images by.
     """
 
     def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True,
-                 several=tuple(CROWDS)):
+                 several=tuple(CROWDS), moves=tuple(MOVES), called=()):
         self.processor, self.image_size, self.seed, self.extras = processor, image_size, seed, extras
-        self.rename, self.several = RENAMED if extras and held_out is False else 0, several
+        self.rename, self.several, self.called = RENAMED if extras and held_out is False else 0, several, called
         weights = weights or dict.fromkeys(TASKS, 1)
         self.tasks = [task for task, weight in weights.items() if weight != 0]
         if "caption" in self.tasks and len(self.tasks) > 1:
@@ -327,7 +354,7 @@ class EmojiData(Dataset):
         expected = np.round(self.shares * length).astype(int).tolist()
         self.counts = dict(zip(self.tasks, expected))                # samples in an epoch
         self.problems, self.lines = [], length                       # as of a file without a damaged line
-        self.world = World(held_out)
+        self.world = World(held_out, moves)
         self.names = [subjects()[i].label for i in self.world.known]
 
     def __len__(self):
@@ -348,13 +375,13 @@ class EmojiData(Dataset):
             prompt, references = data.prompt_for(task), [picture.image]
         elif task == "picture":
             prompt, references = data.prompt_for(task), []
-        elif references and rng.random() < self.rename:
-            names = [made_up_name(rng, self.names) for _ in names]
+        elif references and (self.called or rng.random() < self.rename):
+            names = [pick(rng, self.called) if self.called else made_up_name(rng, self.names) for _ in names]
             for label, name in zip(picture.description.labels, names):
                 prompt = renamed(prompt, label, name)
         meta = {"labels": picture.description.labels, "scene": picture.description.scene,
                 "style": picture.description.style, "mask": picture.masks[0].astype(np.uint8),
-                "appearances": [sprite.appearance for sprite in picture.sprites]}
+                "appearances": [sprite.appearance for sprite in picture.sprites], "moves": picture.moves}
         sample = {"task": task, "name": f"emoji:{k}", "key": k, "problems": [], "meta": meta}
         sample |= self.processor(prompt, references, () if task in data.UNNAMED else names)
         if task == "caption":
@@ -457,7 +484,7 @@ def subject(args):
         similar = [label for label in labels if set(label.split()) & set(args.label.split())]
         there_are = f"; there are {', '.join(similar[:20])}" if similar else ""
         raise InputError(f"{args.label}: no such emoji{there_are}; all names are in assets/emoji.json")
-    index = labels.index(args.label)
+    index = labels.index(args.label) + DESIGNS.index(args.design) * len(labels) // len(DESIGNS)
     stem = os.path.join(args.folder, args.label.replace(" ", "_"))
     cli.probe(f"{stem}-00.png")
     rng = np.random.default_rng(args.seed)
@@ -506,8 +533,9 @@ def look(args):
 
 
 def atlas(args):
-    """Draws assets/emoji.webp again, from Debian's fonts-noto-color-emoji."""
-    draw_atlas()
+    """Draws assets/emoji-*.webp again, from Debian's fonts-noto-color-emoji and npm's @lobehub/fluent-emoji-3d."""
+    for design in DESIGNS:
+        draw_atlas(design)
 
 
 def add_command(commands, function, n=None, what=None):
@@ -540,6 +568,7 @@ def parse(argv):
     command.add_argument("folder")
     command.add_argument("--hue", type=float, default=0.0, help="degrees its colours are turned (default 0)")
     command.add_argument("--scene", choices=SCENES, metavar="SCENE", help="one for all; default: any")
+    command.add_argument("--design", choices=DESIGNS, default=DESIGNS[0], help="default %(default)s")
 
     add_command(commands, atlas)
     return parser.parse_args(argv)

@@ -1,10 +1,12 @@
-"""The subjects of the small world: some 900 emoji as sprites, recoloured and pasted before a background.
+"""The subjects of the small world: some 900 emoji in two designs as sprites, recoloured and pasted before a background.
 
-assets/emoji.webp is an atlas of emoji of Google's Noto font with their transparency; assets/emoji.json holds their code
-points, names, families and split: a tenth is held out of training, in whole families of similar ones. Every instance
-of a subject has its own appearance: the hue is turned, the saturation changed, it may be mirrored.
+The same name looks different in each design, Google's Noto and Microsoft's Fluent, so that it does not tell what to
+draw. assets/emoji-*.webp are atlases of both with their transparency; assets/emoji.json holds code points, names,
+families and split. A tenth is held out of training in both designs, in whole families of similar ones; of another
+tenth the Fluent design is. Every instance of a subject has its own appearance: the hue is turned, the saturation
+changed, it may be mirrored.
 
-    python -m world.rows atlas       # draws assets/emoji.webp again; needs Debian's fonts-noto-color-emoji
+    python -m world.rows atlas       # draws the atlases again; says which packages they come from
 
 Next: `rules.py`, which changes such pictures in ways that examples show and no prompt names.
 """
@@ -21,7 +23,9 @@ from cli import InputError, atomic_file
 from world import scenes
 from world.scenes import SIZE
 
-FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+DESIGNS = ("noto", "fluent")
+FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"       # Debian's fonts-noto-color-emoji
+FLUENT = "node_modules/@lobehub/fluent-emoji-3d/assets"          # npm's @lobehub/fluent-emoji-3d
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 
 
@@ -31,34 +35,49 @@ ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 CELL, COLUMNS = 64, 32                       # the atlas: pixels a subject, subjects a row
 GREY, DYE = 50, (255, 170, 100)              # a subject less colourful than GREY is dyed, so that its hue can be turned
 OPAQUE = 127                                 # alpha above this belongs to the subject
+NEW_DESIGN = "design"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One emoji."""
+    """One emoji in one design."""
     code: str            # its code point
     label: str           # its Unicode name, a few of them shortened
     family: str          # similar subjects share one
-    held_out: bool
+    held_out: bool | str # of training: False, True, or NEW_DESIGN where the same emoji is known in another design
+    design: str = "noto"
     sprite: Image.Image | None = None        # RGBA, cropped to what is not transparent, the longer side CELL pixels
 
 
-def read_subjects():
-    """The subjects of assets/emoji.json, without sprites."""
+def atlas_path(design):
+    """Where the atlas of a design is."""
+    return os.path.join(ASSETS, f"emoji-{design}.webp")
+
+
+def read_subjects(design):
+    """The subjects of assets/emoji.json in one design, without sprites."""
     with open(os.path.join(ASSETS, "emoji.json"), encoding="utf-8") as file:
-        return [Subject(*row) for row in json.load(file)["subjects"]]
+        rows = json.load(file)["subjects"]
+    everyone = []
+    for code, label, family, held_out in rows:
+        if held_out == NEW_DESIGN and design == DESIGNS[0]:          # the design in which it is known
+            held_out = False
+        everyone.append(Subject(code, label, family, held_out, design))
+    return everyone
 
 
 @functools.cache
 def subjects():
-    """All subjects with their sprites. Elsewhere a subject is known by its position in this tuple."""
-    atlas = Image.open(os.path.join(ASSETS, "emoji.webp")).convert("RGBA")
+    """All subjects with their sprites, one design after the other. Elsewhere a subject is known by its position in this
+    tuple."""
     complete = []
-    for i, subject in enumerate(read_subjects()):
-        x, y = i % COLUMNS * CELL, i // COLUMNS * CELL
-        sprite = atlas.crop((x, y, x + CELL, y + CELL))
-        sprite = sprite.crop(sprite.getbbox())
-        complete.append(replace(subject, sprite=dyed(sprite)))
+    for design in DESIGNS:
+        atlas = Image.open(atlas_path(design)).convert("RGBA")
+        for i, subject in enumerate(read_subjects(design)):
+            x, y = i % COLUMNS * CELL, i // COLUMNS * CELL
+            sprite = atlas.crop((x, y, x + CELL, y + CELL))
+            sprite = sprite.crop(sprite.getbbox())
+            complete.append(replace(subject, sprite=dyed(sprite)))
     return tuple(complete)
 
 
@@ -198,23 +217,42 @@ def paste(background, sprites, style=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The atlas
+# The atlases
 
-def draw_atlas():
-    """Draws assets/emoji.webp again: the code points of assets/emoji.json in Google's Noto Color Emoji."""
+def noto_glyphs(codes):
+    """Yields emoji of Google's Noto Color Emoji, PIL RGBA."""
     try:
         font = ImageFont.truetype(FONT, 109, layout_engine=ImageFont.Layout.BASIC)       # the one size it has
     except OSError:
         raise InputError(f"{FONT}: no such font; install it by `apt-get install fonts-noto-color-emoji`") from None
-    rows = read_subjects()
-    sheet = Image.new("RGBA", (COLUMNS * CELL, -(-len(rows) // COLUMNS) * CELL))
-    for i, subject in enumerate(rows):
+    for code in codes:
         glyph = Image.new("RGBA", (160, 160))
-        ImageDraw.Draw(glyph).text((10, 10), chr(int(subject.code, 16)), font=font, embedded_color=True)
+        ImageDraw.Draw(glyph).text((10, 10), chr(int(code, 16)), font=font, embedded_color=True)
+        yield glyph
+
+
+def fluent_glyphs(codes):
+    """Yields emoji of Microsoft's Fluent Emoji, PIL RGBA."""
+    for code in codes:
+        paths = [os.path.join(FLUENT, f"{code}{variant}.webp") for variant in ("", "-fe0f")]
+        found = [path for path in paths if os.path.exists(path)]
+        if not found:
+            raise InputError(f"{paths[0]}: no such file; install it by `npm install @lobehub/fluent-emoji-3d`")
+        yield Image.open(found[0]).convert("RGBA")
+
+
+def draw_atlas(design):
+    """Draws a design's atlas again, with the code points of assets/emoji.json."""
+    rows = read_subjects(design)
+    glyphs = {"noto": noto_glyphs, "fluent": fluent_glyphs}[design]([subject.code for subject in rows])
+    sheet = Image.new("RGBA", (COLUMNS * CELL, -(-len(rows) // COLUMNS) * CELL))
+    for i, glyph in enumerate(glyphs):
         glyph = glyph.crop(glyph.getbbox())
         glyph.thumbnail((CELL, CELL), Image.LANCZOS)
         sheet.paste(glyph, (i % COLUMNS * CELL, i // COLUMNS * CELL))
-    path = os.path.join(ASSETS, "emoji.webp")
-    with atomic_file(path) as temporary:
-        sheet.save(temporary, lossless=True, quality=100, method=6)
-    print(f"wrote {path}: {len(rows)} subjects")
+    with atomic_file(atlas_path(design)) as temporary:
+        if design == "noto":
+            sheet.save(temporary, lossless=True, quality=100, method=6)
+        else:                                  # soft shading, which lossless files spend three times the bytes on
+            sheet.save(temporary, quality=90, method=6)
+    print(f"wrote {atlas_path(design)}: {len(rows)} subjects")

@@ -67,6 +67,7 @@ CODE_DISTANCE = 4          # pretrain: weight of a code's squared distance from 
 THUMBNAIL = 8              # pretrain: pixels a side of what a caption's last row has to tell of its image
 ALIGNED = ("reconstruct", "segment")     # tasks whose target lies under the reference: pretrain predicts its tokens
 MOMENTUM = 0.95            # Muon's
+TWIN = 0.05                # --grow: how far the two halves of a code lie apart, as a share of its length, a channel
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,10 +185,31 @@ def make_optimizers(objective, stage):
     return [muon, *train.make_optimizers(objective, stage, leave_out=hidden)]
 
 
+def grow(mentor):
+    """A larger model that draws the same at first: every code becomes two that lie close together, and two decoder layers
+    are added which change nothing until they are trained. -> Mentor"""
+    config, tensors = mentor.config, mentor.state_dict()
+    codes, layers = 2 * config.vqgan.codes, config.decoder.layers
+    sampling = replace(config.sampling, top_k=codes)
+    config = replace(config, vqgan=replace(config.vqgan, codes=codes), sampling=sampling,
+                     decoder=replace(config.decoder, codes=codes, layers=layers + 2))
+    larger = type(mentor)(config, mentor.processor.tokenizer).eval()
+    for name in ("vqgan.quantize.embedding.weight", "decoder.tok_embeddings.weight", "decoder.output.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name]])                         # (2 * V, ...)
+    embedding = F.normalize(tensors["vqgan.quantize.embedding.weight"], dim=-1)           # (V, e)
+    tensors["vqgan.quantize.embedding.weight"] = embedding + TWIN * torch.randn_like(embedding)
+    larger.load_state_dict(tensors, strict=False)
+    for layer in larger.decoder.layers[layers:]:
+        nn.init.zeros_(layer.attention.wo.weight)
+        nn.init.zeros_(layer.feed_forward.w2.weight)
+    return larger
+
+
 def load_start(args, stage, log):
     """The weights that a stage starts from; random ones have the small model's size. -> Mentor"""
     if stage.init != "random":
-        return train.load_start(args, stage, log, command="-m world.train")
+        mentor = train.load_start(args, stage, log, command="-m world.train")
+        return grow(mentor) if args.grow else mentor
     config = weights.override(SMALL, stage.prefix_rope, stage.prefix_tokens)
     if args.connector:
         config = weights.with_connector(config, args.connector)
@@ -206,6 +228,8 @@ def make_data(args, stage, mentor, log):
 def parse(argv):
     """The command line -> arguments, the stage's row with their overrides."""
     parser = train.make_parser(list(STAGES), __doc__)
+    parser.add_argument("--grow", action="store_true", help="make the weights larger first, with twice the codes and two "
+                        "decoder layers more")
     extra = parser.add_argument_group("stage vqgan")
     extra.add_argument("--adversarial", type=cli.nonnegative_float, default=0.0, metavar="WEIGHT",
                        help="of a discriminator, to which the tokenizer listens in the second half; default 0 = none")
