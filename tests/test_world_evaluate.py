@@ -155,7 +155,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path, small, judge):
             (["world", "--weights", "random", "--judge", judge], "not the emoji world's 64"),
             (["world", "--samples", "0"], "must be a whole number above 0, not 0"),
             (["grid", "--out", str(tmp_path / "grid.txt")], "end the name in .png"),
-            (["grid", "--weights", small, "--rows", "200", "--out", str(tmp_path / "grid.png")], "178 held-out subjects"),
+            (["grid", "--weights", small, "--rows", "200", "--out", str(tmp_path / "g.png")], "178 held-out subjects"),
             (["ablation", "--init", small, "--judge", judge, "--steps", "2"], "give 3 or more"),
             (["ablation", "--init", small, "--judge", judge, "--out", str(tmp_path)], "budget.json: is no JSON")):
         with pytest.raises(InputError, match=message):

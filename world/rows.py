@@ -43,7 +43,8 @@ TASKS = ("t2i", "reconstruct", "segment", "recover", "subject", "multi")     # f
 TEMPLATES = ("{it} {where}", "{where}, {it}", "a picture of {it} {where}", "{it}, {where}", "you see {it} {where}")
 SCENE_WORDS = sorted({word for entry in SCENES.values() for phrase in entry.phrases for word in phrase.split()
                       if len(word) > 2 and word not in ("the", "and")})
-CONSONANTS, VOWELS = ("b", "br", "ch", "d", "f", "g", "l", "m", "p", "r", "s", "st", "t", "w"), ("a", "e", "i", "o", "u")
+CONSONANTS = ("b", "br", "ch", "d", "f", "g", "l", "m", "p", "r", "s", "st", "t", "w")
+VOWELS = ("a", "e", "i", "o", "u")
 ENDINGS = ("", "", "n", "r", "s", "ck", "rry", "rries")
 HATS = ("top hat", "crown", "billed cap", "helmet", "woman's hat", "military helmet")
 

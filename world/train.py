@@ -186,8 +186,8 @@ def make_optimizers(objective, stage):
 
 
 def grow(mentor):
-    """A larger model that draws the same at first: every code becomes two that lie close together, and two decoder layers
-    are added which change nothing until they are trained. -> Mentor"""
+    """A larger model that draws the same at first: every code becomes two that lie close together, and two decoder
+    layers are added which change nothing until they are trained. -> Mentor"""
     config, tensors = mentor.config, mentor.state_dict()
     codes, layers = 2 * config.vqgan.codes, config.decoder.layers
     sampling = replace(config.sampling, top_k=codes)
@@ -228,8 +228,8 @@ def make_data(args, stage, mentor, log):
 def parse(argv):
     """The command line -> arguments, the stage's row with their overrides."""
     parser = train.make_parser(list(STAGES), __doc__)
-    parser.add_argument("--grow", action="store_true", help="make the weights larger first, with twice the codes and two "
-                        "decoder layers more")
+    parser.add_argument("--grow", action="store_true", help="make the weights larger first, with twice the codes and "
+                        "two decoder layers more")
     extra = parser.add_argument_group("stage vqgan")
     extra.add_argument("--adversarial", type=cli.nonnegative_float, default=0.0, metavar="WEIGHT",
                        help="of a discriminator, to which the tokenizer listens in the second half; default 0 = none")
