@@ -343,7 +343,7 @@ class EmojiData(Dataset):
     """
 
     def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True,
-                 several=tuple(CROWDS), moves=tuple(MOVES), called=()):
+                 several=(2, 2, 3, 4), moves=tuple(MOVES), called=()):
         self.processor, self.image_size, self.seed, self.extras = processor, image_size, seed, extras
         self.rename, self.several, self.called = RENAMED if extras and held_out is False else 0, several, called
         weights = weights or dict.fromkeys(TASKS, 1)

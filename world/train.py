@@ -53,8 +53,8 @@ STAGES = {      # an epoch is 100,000 samples
     "2": replace(train.STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
                  init="out/tiny/1", global_batch=32, lr=2e-3, epochs=0.64, prefix_tokens=128, micro=16),
     # four references of 64 patches and their text
-    "multi": replace(train.STAGES["multi"], tasks={"t2i": 10, "reconstruct": 10, "segment": 10, "subject": 20,
-                                                   "multi": 50},
+    "multi": replace(train.STAGES["multi"], tasks={"t2i": 10, "reconstruct": 10, "segment": 10, "subject": 35,
+                                                   "multi": 35},
                      init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5, prefix_tokens=360, micro=16),
     # two examples and a query, so five images (paper, appendix F.4)
     "icl": replace(train.STAGES["2"], tasks={"icl": 1}, init="out/tiny/2", global_batch=32, lr=2e-3, epochs=0.5,
