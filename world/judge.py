@@ -20,6 +20,7 @@ from torch import nn
 import cli
 import data
 from cli import InputError
+from fast import has_bf16_products
 from scorers import mask_iou
 from weights import fill_in, read_tensors, write_tensors
 from world import scenes, sprites
@@ -129,13 +130,15 @@ def train_judge(path, steps, batch_size):
     """Trains the judge on true images and writes it to `path`. -> its accuracy on new ones (accuracy_on_true_images)"""
     torch.manual_seed(TRAIN_SEED)
     generator = torch.Generator().manual_seed(TRAIN_SEED)
-    model = Judge()
+    model = Judge().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     bar = cli.bar(range(steps), unit="step")
     for step in bar:
         images, scene, subject, hue = training_batch(step, batch_size)
-        scene_logits, subject_logits, direction = model(blur_half(images, generator))
+        images = blur_half(images, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16_products()):       # three times as fast
+            scene_logits, subject_logits, direction = [answer.float() for answer in model(images)]
         true_direction = torch.stack([hue.cos(), hue.sin()], dim=1)                       # (B, 2)
         loss = F.cross_entropy(scene_logits, scene) + F.cross_entropy(subject_logits, subject)
         loss = loss + (1 - F.cosine_similarity(direction, true_direction)).mean()
