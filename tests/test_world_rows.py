@@ -91,7 +91,7 @@ def test_several_subjects_stand_in_their_cells_in_the_order_of_their_references(
         prompt, references, target = rows.compose("multi", picture, np.random.default_rng(0))
         assert prompt.count(data.IMAGE) == several and target is picture.image
         assert [image.tobytes() for image in references] == [other.image.tobytes() for other in picture.others]
-    assert 0.6 < np.mean(stays) < 0.95
+    assert 0.5 < np.mean(stays) < 0.75
 
 
 def test_the_words_do_not_depend_on_the_appearance(monkeypatch):

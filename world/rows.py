@@ -149,15 +149,16 @@ PLAIN_REFERENCE = 0.5                        # how often a pair's reference show
 class Move(NamedTuple):
     """How a subject may lie in its reference compared with the picture."""
     share: float         # of the pairs
+    several: float       # share where several subjects have a reference each; far is then large, in the middle
     x: float             # pixels by which it lies elsewhere, at most
     y: float
     scale: float         # by which it is larger or smaller, at most
 
 
 MOVES = {
-    "still": Move(0.7, 0, 0, 0),
-    "near": Move(0.15, 3, 3, 0.15),
-    "far": Move(0.15, 14, 12, 0.35),
+    "still": Move(0.7, 0.5, 0, 0, 0),
+    "near": Move(0.15, 0.1, 3, 3, 0.15),
+    "far": Move(0.15, 0.4, 14, 12, 0.35),
 }
 
 
@@ -183,8 +184,6 @@ class World:
         # what a caption alone may name: in one design, or nobody could know which is meant
         self.known = [i for i in everyone if not subjects()[i].held_out and subjects()[i].design == DESIGNS[0]]
         self.moves = moves
-        shares = np.array([MOVES[name].share for name in moves])
-        self.move_shares = shares / shares.sum()
         self.hats = [i for i in self.known if subjects()[i].label in HATS]
 
     def describe(self, rng, task, extras=True, several=2):
@@ -227,9 +226,9 @@ class World:
 
     def place_in_reference(self, rng, place, move, crowded):
         """Where a reference has the subject that its picture has at a place (x, y, side). -> x, y, side"""
-        if crowded and move == "far":                    # as a reference of its own would have it: large, in the middle
+        if crowded and move == "far":
             return rng.uniform(24, 40), rng.uniform(27, 41), rng.uniform(*ALONE)
-        dx, dy, scale = (rng.uniform(-1, 1, 3) * MOVES[move][1:]).tolist()
+        dx, dy, scale = (rng.uniform(-1, 1, 3) * MOVES[move][2:]).tolist()
         x, y, side = place
         return x + dx, y + dy, side * (1 + scale)
 
@@ -275,7 +274,8 @@ class World:
         texts = [one.caption(rng) for one in descriptions]
         backgrounds = [scenes.paint(rng, one.scene) for one in descriptions]
         references = () if task == "recover" else backgrounds[1:]
-        moves = tuple(str(rng.choice(self.moves, p=self.move_shares)) for _ in references)
+        shares = np.array([MOVES[name].several if task == "multi" else MOVES[name].share for name in self.moves])
+        moves = tuple(str(rng.choice(self.moves, p=shares / shares.sum())) for _ in references)
         placed, in_references = self.place(rng, description, backgrounds[0], references, moves)
         sprites = [placed] + [[sprite] for sprite in in_references]
         if task == "recover":
