@@ -1,11 +1,12 @@
 """Samples an image from reference images and a prompt.
 
     python sample.py                                                     # an example, with the small bundled model
-    python sample.py --ref dog.jpg --prompt "a dog in the snow"          # with it too
-    python sample.py --weights mentor --ref dog.jpg --prompt "a dog in the snow"     # with the public weights
+    python sample.py --ref assets/penguin.png --prompt "a penguin in the snow"           # with it too
+    python sample.py --ref assets/dog_face.png --ref assets/penguin.png --prompt "a dog face and a penguin on the beach"
+    python sample.py --ref assets/penguin.png --task segment             # the subject on black
+    python sample.py --prompts assets/prompts.jsonl                      # many; goes on where it stopped
+    python sample.py --weights mentor --ref assets/dog.jpg --prompt "a dog in the snow"  # with the public weights
     python sample.py --weights mentor --prompt "a castle at night"       # no reference: text to image
-    python sample.py --ref dog.jpg --task segment                        # the subject on black
-    python sample.py --prompts list.jsonl                                # many; goes on where it stopped
 
 A list is text, a prompt a line, or JSON lines, {"prompt": ..., "refs": ["dog.jpg"], "subjects": ["dog"], "seed": 7,
 "n": 2}, all but the prompt optional, paths from the list's folder. Pictures are called 00000-words-of-the-prompt.png,
@@ -40,6 +41,7 @@ ABOUT_TINY = ("weights: tiny, a small model that knows nothing but emoji before 
 MORE_EXAMPLES = """other things to try:
   python sample.py --ref assets/dog_face.png --prompt "a dog face under water" --n 4
   python sample.py --ref assets/penguin.png --prompt "a penguin in the snow"
+  python sample.py --ref assets/dog_face.png --ref assets/penguin.png --prompt "a dog face and a penguin on the beach"
   python sample.py --ref assets/penguin.png --task segment
   python sample.py --prompt "a volcano" --n 4
 """

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,17 @@ def test_without_arguments_the_bundled_model_draws_an_example_and_says_what_else
     assert len(commands) >= 3
     for words in commands:                                     # what it proposes exists
         assert all((ROOT / word).exists() for word in words if word.startswith("assets/"))
+
+
+def test_every_example_that_needs_no_download_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [line.strip() for line in (sample.__doc__ + sample.MORE_EXAMPLES).splitlines()]
+    commands = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python sample.py")]
+    commands = [args for args in commands if "mentor" not in args]
+    assert len(commands) >= 8 and any(args.count("--ref") == 2 for args in commands)
+    for i, args in enumerate(commands):
+        sample.main([*args, "--out", str(tmp_path / str(i) / "")])
+        assert list((tmp_path / str(i)).glob("*.png")), args
 
 
 def test_a_photograph_as_reference_works_with_the_bundled_model_too(tmp_path, capsys):
