@@ -29,6 +29,9 @@ PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=1
     (["--stage", "vqgan", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "pretrain", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "parts", "--fsdp"], "--fsdp is for large models"),
+    (["--stage", "2", "--copies", "1.5"], "argument --copies: must be a number from 0 to 1"),
+    (["--stage", "1", "--copies", "0.5"], "in a stage without that task"),
+    (["--stage", "2", "--copies", "0.5", "--data", "rows.jsonl"], "leave it out with --data"),
     (["--stage", "1", "--adversarial", "0.1"], "--adversarial and --lpips are for --stage vqgan"),
     (["--stage", "vqgan", "--adversarial", "-1"], "argument --adversarial: must be a number, 0 or above"),
     (["--stage", "vqgan", "--lpips", "VGG", "VGG"], "do not hold VGG-16 and LPIPS' heads")])
@@ -285,6 +288,12 @@ def test_after_parts_the_connector_learns_to_caption_and_then_stages_1_and_2_go_
             assert changed == {name for name in after if name.startswith("encoder.connector")}
         assert stage != "1" or {name.split(".")[0] for name in changed} == {"projector", "decoder"}
     assert "encoder.t5.lm_head.weight" not in after and weights.load(second).config.untrained == ()
+
+
+def test_copies_are_of_the_samples_to_learn_from_and_not_of_those_to_validate_on():
+    args, stage = world_train.parse(["--stage", "2", "--copies", "0.5"])
+    learned, val, _ = world_train.make_data(args, stage, weights.load("tiny"), print)
+    assert learned.world.copies == 0.5 and val.world.copies == 0
 
 
 def test_a_tokenizer_and_its_discriminator_are_clipped_apart():

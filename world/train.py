@@ -325,7 +325,7 @@ def make_data(args, stage, mentor, log):
         return train.task_data(args, stage, mentor, log)
     options = {"image_size": mentor.config.image_size, "weights": stage.tasks}
     val = EmojiData(mentor.processor, seed=args.seed + 1, held_out=True, **options)
-    return EmojiData(mentor.processor, seed=args.seed, **options), val, val
+    return EmojiData(mentor.processor, seed=args.seed, copies=args.copies, **options), val, val
 
 
 def parse(argv):
@@ -333,6 +333,9 @@ def parse(argv):
     parser = train.make_parser(list(STAGES), __doc__)
     parser.add_argument("--grow", action="store_true", help="make the weights larger first, with twice the codes and "
                         "two decoder layers more")
+    share = cli.checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    parser.add_argument("--copies", type=share, default=0.0, metavar="SHARE", help="of the painted subject-driven "
+                        "pairs, whose picture has its reference's own background (default 0)")
     extra = parser.add_argument_group("stage vqgan")
     extra.add_argument("--adversarial", type=cli.nonnegative_float, default=0.0, metavar="WEIGHT",
                        help="of a discriminator, to which the tokenizer listens in the second half; default 0 = none")
@@ -344,6 +347,9 @@ def parse(argv):
     if args.fsdp and args.stage in ("vqgan", *OBJECTIVES):
         raise InputError(f"--fsdp is for large models; stage {args.stage} trains without it")
     stage = train.override(STAGES[args.stage], args)
+    if args.copies and (args.data or "subject" not in stage.tasks):
+        raise InputError("--copies is for painted pairs of the task subject; leave it out with --data, and in a stage "
+                         "without that task")
     args.out = args.out or os.path.join("out", "tiny", args.stage)
     return args, stage
 
