@@ -75,8 +75,8 @@ STAGES = {      # an epoch is 100,000 samples
     "reconstruct": replace(train.STAGES["2"], tasks={"reconstruct": 1}, init="out/tiny/2", global_batch=32, lr=1e-3,
                            steps=1000, prefix_tokens=128, micro=16),
 }
-CODE_DISTANCE = 4          # pretrain, parts: weight of a code's squared distance from where it should lie
-THUMBNAIL = 8              # pretrain, parts: pixels a side of what a caption's last row has to tell of its image
+CODE_DISTANCE = 4          # pretrain: weight of a code's squared distance from where it should lie
+THUMBNAIL = 8              # pretrain: pixels a side of what a caption's last row has to tell of its image
 ALIGNED = ("reconstruct", "segment")     # tasks whose target lies under the reference: pretrain predicts its tokens
 MOMENTUM = 0.95            # Muon's
 TWIN = 0.05                # --grow: how far the two halves of a code lie apart, as a share of its length, a channel
