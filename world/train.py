@@ -17,8 +17,7 @@ the paper leaves to stage 1. Two stages in its place bring what the paper starts
 
 Samples are painted as they are needed, unless --data names files. Flags and the loop are those of `train.py`; here
 stand the small model's sizes, its rows of the stage table, the objectives of `pretrain` and `parts` and the optimizer.
-On two cores take --workers 0 and
-`OMP_NUM_THREADS=1 torchrun --nproc_per_node=2`.
+On two cores take --workers 0 and `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2`.
 
 Shape letters: B batch, n samples that one loss is for, S prefix rows, T image tokens, P patches of an image, D the
 decoder's width, V codes, e their width; L words of a caption, C the width of CLIP or T5. Next: `world/judge.py`.
