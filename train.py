@@ -58,6 +58,7 @@ class Stage:
                                        # weights it starts from
     prefix_rope: str | None = None     # rotation of the prefix; None = as the weights it starts from
     micro: int = 8                     # the largest micro-batch that is taken without being asked for
+    t5_decoder: bool = False           # with T5's captioning half
 
 
 ENCODER_AND_DECODER = ("encoder.connector", "encoder.t5", "projector", "decoder")
@@ -66,7 +67,8 @@ STAGES = {
     # still read the plain average of its prefix
     "rope": Stage(("projector", "decoder"), {"t2i": 1}, "llamagen", global_batch=256, lr=1e-4, prefix_rope="identity"),
     # captions through the frozen T5: the connector learns to say in T5's language what CLIP sees
-    "connector": Stage(("encoder.connector",), {"caption": 1}, "generator", global_batch=256, lr=1e-3),
+    "connector": Stage(("encoder.connector",), {"caption": 1}, "generator", global_batch=256, lr=1e-3,
+                       t5_decoder=True),
     # multimodal alignment: the decoder learns to read image rows pixel by pixel, by copying and cutting out; the
     # released code trained connector, T5 and output layer here instead
     "1": Stage(("projector", "decoder"), {"t2i": 700, "reconstruct": 180, "segment": 1600}, "out/mentor/connector",
@@ -342,7 +344,7 @@ def load_start(args, stage, log, command="train.py"):
         raise InputError(f"stage {args.stage} starts from {stage.init}, which is not there; make it by `python "
                          f"{command} --stage {name}`, or name other weights by --init")
     try:
-        return weights.load(stage.init, t5_decoder="caption" in stage.tasks, log=log, prefix_rope=stage.prefix_rope,
+        return weights.load(stage.init, t5_decoder=stage.t5_decoder, log=log, prefix_rope=stage.prefix_rope,
                             prefix_tokens=weights.prefix_room(stage, args), image_size=args.size,
                             connector=args.connector)
     except InputError as error:
@@ -413,7 +415,7 @@ def check(run, before):
 
 def plan(args, stage):
     """Prints what a run would be, from its rows and its weights' sizes alone."""
-    mentor = weights.without_numbers(stage.init, "caption" in stage.tasks, args.connector, args.size,
+    mentor = weights.without_numbers(stage.init, stage.t5_decoder, args.connector, args.size,
                                      args.lora and (args.lora, stage.trains), prefix_rope=stage.prefix_rope,
                                      prefix_tokens=weights.prefix_room(stage, args))
     args.codes = None                          # encoding ahead changes neither rows nor memory
@@ -629,7 +631,7 @@ def make_run(args, stage, ranks, log, make_objective, make_data, optimizers_of, 
     """Model, data, objective and optimizers, new or as the newest checkpoint has them. -> Run"""
     saved, training = {}, {"step": 0, "settings": None}
     if args.resume:
-        mentor, saved, training = weights.newest_checkpoint(args.out, "caption" in stage.tasks, log)
+        mentor, saved, training = weights.newest_checkpoint(args.out, stage.t5_decoder, log)
         if ranks.rank == 0:
             cli.trim_log(os.path.join(args.out, "log.jsonl"), training["step"])
         if not (args.steps or args.epochs):

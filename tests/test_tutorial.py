@@ -18,8 +18,9 @@ from safetensors import safe_open
 import cli
 import data
 import weights
-from tutorial import figures, measure
+from tutorial import figures, measure, trainings
 from tutorial.drawing import MOST_BYTES, WIDTH, encoded
+from world.ablation import ABLATION
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("tutorial/*.md"), *ROOT.glob("assets/*.md")])
 CHAPTERS = sorted(ROOT.glob("tutorial/[1-9]-*.md"))
@@ -49,6 +50,26 @@ def test_a_figure_is_800_pixels_wide_small_and_not_of_one_colour(tiny, name, tmp
     with Image.open(tmp_path / "figure.webp") as written:
         assert written.mode == "RGBA" and written.getchannel("A").getextrema()[0] == 0    # what is around is not white
         assert len(written.getcolors(1 << 24)) > 3
+
+
+def test_the_ablation_is_drawn_as_points_where_its_file_is_there_and_else_from_the_table(tmp_path, monkeypatch):
+    conditions, rows = list(trainings.CONDITIONS), []
+    for k, name in enumerate(ABLATION.variants):
+        pretrain, copies = conditions[k % len(conditions)]
+        rows += [{"variant": name, "seed": seed, "pretrain": pretrain, "copies": copies, "subject": {
+            "cp": 0.05 * k + 0.02 * seed, "pf": 0.9 - 0.04 * k}, "paper": [0.5, 0.8, 0.4] if k % 2 else None}
+            for seed in (0, 1)]
+    rows[2]["paper"] = rows[3]["paper"] = [None, 0.8, None]                # a cell that cannot be read
+    monkeypatch.setattr(trainings, "ABLATION", str(tmp_path / "ablation.json"))
+    bars = trainings.draw_ablation(None)
+    (tmp_path / "ablation.json").write_text(json.dumps({"rows": rows}))
+    points = trainings.draw_ablation(None)
+    assert bars.tobytes() == trainings.draw_bars().tobytes() and points.width == WIDTH
+    assert len(encoded(points)) < MOST_BYTES and points.getchannel("A").getextrema()[0] == 0
+    colours = {colour[:3] for _, colour in points.getcolors(1 << 24)}
+    assert colours >= {colour for colour, _ in trainings.CONDITIONS.values()}
+    kinds = {(variant.pretrain, variant.copies) for variant in ABLATION.variants.values()}
+    assert kinds == set(trainings.CONDITIONS)
 
 
 def test_the_command_writes_a_figure_and_refuses_another_format(tmp_path):

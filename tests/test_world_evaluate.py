@@ -156,25 +156,103 @@ def test_bad_input_is_one_clear_sentence(tmp_path, small, judge):
             (["world", "--samples", "0"], "must be a whole number above 0, not 0"),
             (["grid", "--out", str(tmp_path / "grid.txt")], "end the name in .png"),
             (["grid", "--weights", small, "--rows", "200", "--out", str(tmp_path / "g.png")], "178 held-out subjects"),
-            (["ablation", "--init", small, "--judge", judge, "--steps", "2"], "give 3 or more"),
-            (["ablation", "--init", small, "--judge", judge, "--out", str(tmp_path)], "budget.json: is no JSON")):
+            (["ablation", "--init", small, "--aligned", small, "--judge", judge, "--steps", "2"], "give 3 or more"),
+            (["ablation", "--init", small, "--judge", judge, "--rows", "full, aligned"], "no such folder of weights"),
+            (["ablation", "--rows", "empty"], "invalid choice: 'empty'"),
+            (["ablation", "--init", small, "--judge", judge, "--rows", "full", "--out", str(tmp_path)],
+             "budget.json: is no JSON")):
         with pytest.raises(InputError, match=message):
             evaluate.main(command)
 
 
+def flags_of(command):
+    """{flag: its values} of a training's command."""
+    found = {}
+    for word in command[3:]:
+        if word.startswith("--"):
+            values = found.setdefault(word, [])
+        else:
+            values.append(word)
+    return found
+
+
+def test_every_row_of_the_ablation_trains_what_it_says_and_stage_2_alike_long_but_in_one(monkeypatch, tmp_path, capsys):
+    commands = {}
+
+    def pretend(command, **options):
+        told = flags_of(command)
+        name = os.path.basename(told["--out"][0])
+        assert name not in commands                            # variants that begin alike share a folder
+        commands[name] = told
+        os.makedirs(f"{told['--out'][0]}/step-{int(told['--steps'][0]):08}")
+        return SimpleNamespace(wait=lambda: 0)
+
+    scores = {"subject": {"cp": 0.5, "pf": 0.4, "cp*pf": 0.2, "cp/pf": 1.25, "hue": 1.0}, "segment": {"iou": 0.5},
+              "reconstruct": {"l2": 0.1}}
+    monkeypatch.setattr(evaluate.subprocess, "Popen", pretend)
+    for name in ("load_small", "load_judge"):
+        monkeypatch.setattr(evaluate, name, lambda name: None)
+    monkeypatch.setattr(evaluate, "score_variant", lambda folder, judge, args: scores)
+    monkeypatch.setattr(evaluate, "accuracy_on_true_images", lambda judge: {"scene": 1.0})
+    evaluate.main(["ablation", "--init", "captioned", "--aligned", "aligned", "--steps", "7", "--seeds",
+                   "1", "--out", str(tmp_path)])
+    steps = {name: told["--steps"] for name, told in commands.items()}
+    starts = {name: os.path.basename(told["--init"][0]) for name, told in commands.items()}
+    first, second = "seed0_1-third", "seed0_1-third_2-0.5-rest"
+    assert steps == {name: ["2" if name.count("_") == 1 and "_1" in name else "7" if name == "seed0_2-0.5" else "5"]
+                     for name in commands}
+    assert starts[first] == starts["seed0_2-0.5-rest"] == starts["seed0_2-0.5"] == "captioned"
+    assert starts["seed0-aligned_1-third"] == starts["seed0-aligned_2-0.5-rest"] == "aligned"
+    assert starts[second] == "seed0_1-third"
+    own = {"--stage", "--init", "--out", "--steps", "--sample-every"}
+    plain = {flag: values for flag, values in commands[first].items() if flag not in own}
+    differing = {name: {flag: values for flag, values in told.items() if flag not in own and plain.get(flag) != values}
+                 for name, told in commands.items()}
+    half = {"--copies": ["0.5"]}
+    assert differing == {
+        first: {},
+        "seed0-aligned_1-third": {},
+        "seed0_1-segment-third": {"--without": ["segment"]},
+        "seed0_1-identity-third": {"--prefix-rope": ["identity"]},
+        second: half,
+        "seed0_2-0.5-rest": half,
+        "seed0_2-0.5": half,
+        "seed0_1-segment-third_2-0.5-rest": half,
+        "seed0-aligned_1-third_2-0.5-rest": half,
+        "seed0-aligned_2-0.5-rest": half,
+        "seed0_1-third_2-0.5-recover-rest": half | {"--without": ["recover"]},
+        "seed0_1-third_2-0.5-segment-rest": half | {"--without": ["segment"]},
+        "seed0_1-third_2-subject-rest": {"--without": ["subject"]},
+        "seed0_1-third_2-0.5-t2i-rest": half | {"--without": ["t2i"]},
+        "seed0_1-identity-third_2-0.5-identity-rest": half | {"--prefix-rope": ["identity"]},
+        "seed0_1-third_2-0.0-rest": {"--copies": ["0.0"]},
+        "seed0_1-third_2-0.0-recover-rest": {"--copies": ["0.0"], "--without": ["recover"]},
+        "seed0_1-third_2-0.9-rest": {"--copies": ["0.9"]},
+        "seed0_1-third_2-0.9-recover-rest": {"--copies": ["0.9"], "--without": ["recover"]}}
+    record, printed = json.loads((tmp_path / "ablation.json").read_text()), capsys.readouterr().out
+    assert [row["variant"] for row in record["rows"]] == list(evaluate.ABLATION.variants)
+    row = record["rows"][0]
+    assert (row["pretrain"], row["copies"], row["paper"]) == ("captioned", 0.5, [.555, .839, .466])
+    assert row["runs"][1] == {"stage": "2", "flags": ["--copies", "0.5"], "steps": 5} and row["subject"]["cp"] == 0.5
+    assert record["aligned"] == "aligned" and "0.555, 0.839, 0.466" in printed
+    assert [line.split()[2:4] for line in printed.splitlines() if line.startswith("full, aligned  ")] == [
+        ["aligned", "0.5"]]
+
+
 @pytest.mark.full
 @pytest.mark.gradients
-def test_the_ablation_trains_every_variant_shares_stage_1_and_can_be_started_again(tmp_path, small, judge, capfd):
-    flags = ["ablation", "--init", small, "--judge", judge, "--steps", "3", "--seeds", "1", "--samples", "2",
-             "--show", "2", "--out", str(tmp_path / "out")]
+def test_rows_of_the_ablation_are_trained_and_scored_and_the_command_can_be_given_again(tmp_path, small, judge, capfd):
+    flags = ["ablation", "--init", small, "--aligned", small, "--judge", judge, "--steps", "3", "--seeds", "1",
+             "--samples", "2", "--show", "2", "--out", str(tmp_path / "out"), "--rows", "full", "without stage 1",
+             "without stage 1, equal total", "without recovery", "full, aligned"]
     evaluate.main(flags)
-    folders = {entry.name for entry in os.scandir(tmp_path / "out") if entry.is_dir()}
-    assert folders == {"seed0_1", "seed0_1_2", "seed0_2", "seed0_1-segment", "seed0_1-segment_2",
-                       "seed0_1_2-recover", "seed0_1_2-segment", "seed0_1_2-t2i"}
+    steps = {entry.name: len(log(entry.path)) for entry in os.scandir(tmp_path / "out") if entry.is_dir()}
+    assert steps == {"seed0_1-third": 1, "seed0_1-third_2-0.5-rest": 2, "seed0_2-0.5-rest": 2, "seed0_2-0.5": 3,
+                     "seed0_1-third_2-0.5-recover-rest": 2, "seed0-aligned_1-third": 1,
+                     "seed0-aligned_1-third_2-0.5-rest": 2}
     record = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert [row["variant"] for row in record["rows"]] == list(evaluate.ABLATION.variants)
-    steps = {name: len(log(tmp_path / "out" / name)) for name in folders}
-    assert steps["seed0_1"] == 1 and steps["seed0_1_2"] == 2 and steps["seed0_2"] == 3
+    assert [row["variant"] for row in record["rows"]] == flags[flags.index("--rows") + 1:]
+    assert all({"subject", "segment", "reconstruct"} < set(row) for row in record["rows"])
     capfd.readouterr()
     evaluate.main(flags)
     printed = capfd.readouterr().out

@@ -74,6 +74,32 @@ def test_a_pair_shares_its_appearance_but_not_its_scene_and_seldom_moves():
     assert len({picture.others[0].description.scene for picture in pairs}) > 20
 
 
+def test_a_share_of_the_pairs_shows_the_subject_before_its_references_own_background(monkeypatch):
+    painted, paste = [], rows.paste
+    monkeypatch.setattr(rows, "paste", lambda background, *rest: painted.append(background) or paste(background, *rest))
+    made = {}
+    for copies in (0, 0.5, 1):
+        world = World(copies=copies)
+        made[copies] = [world.picture(np.random.default_rng((7, k)), "subject") for k in range(40)]
+    assert all(one is other for one, other in zip(painted[-80::2], painted[-79::2]))      # the very same, at share 1
+    for picture in made[1]:
+        scene = picture.others[0].description.scene
+        assert picture.description.scene == scene
+        assert any(phrase in picture.caption for phrase in scenes.SCENES[scene].phrases)
+    assert any(picture.image.tobytes() == picture.others[0].image.tobytes() for picture in made[1])
+    same = [one.image.tobytes() == two.image.tobytes() and one.caption == two.caption
+            and one.others[0].image.tobytes() == two.others[0].image.tobytes() for one, two in zip(made[0], made[0.5])]
+    copied = [picture.description.scene == picture.others[0].description.scene for picture in made[0.5]]
+    assert same == [not whether for whether in copied] and 10 < sum(copied) < 30
+
+
+def test_no_task_but_the_subject_driven_one_knows_of_copies():
+    for task in rows.TASKS:
+        if task != "subject":
+            one, two = (World(copies=copies).picture(np.random.default_rng(5), task) for copies in (0, 1))
+            assert one.image.tobytes() == two.image.tobytes() and one.caption == two.caption
+
+
 @pytest.mark.parametrize("several", sprites.CROWDS)
 def test_several_subjects_stand_in_their_cells_in_the_order_of_their_references(several):
     stays = []

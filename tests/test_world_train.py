@@ -14,10 +14,10 @@ import data
 import train
 import weights
 from cli import InputError
-from model import Mentor
+from model import PARTS, Mentor
 from world import train as world_train
 from world.tokenizer import PixelObjective
-from world.train import STAGES, PretrainObjective, make_optimizers
+from world.train import STAGES, PartsObjective, PretrainObjective, make_optimizers
 
 pytestmark = pytest.mark.gradients
 PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=16)     # 2 x 2 over 4 x 4 tokens
@@ -28,6 +28,10 @@ PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=1
     (["--stage", "pretrain", "--size", "48"], "take a multiple of 32"),
     (["--stage", "vqgan", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "pretrain", "--fsdp"], "--fsdp is for large models"),
+    (["--stage", "parts", "--fsdp"], "--fsdp is for large models"),
+    (["--stage", "2", "--copies", "1.5"], "argument --copies: must be a number from 0 to 1"),
+    (["--stage", "1", "--copies", "0.5"], "in a stage without that task"),
+    (["--stage", "2", "--copies", "0.5", "--data", "rows.jsonl"], "leave it out with --data"),
     (["--stage", "1", "--adversarial", "0.1"], "--adversarial and --lpips are for --stage vqgan"),
     (["--stage", "vqgan", "--adversarial", "-1"], "argument --adversarial: must be a number, 0 or above"),
     (["--stage", "vqgan", "--lpips", "VGG", "VGG"], "do not hold VGG-16 and LPIPS' heads")])
@@ -198,6 +202,98 @@ def test_pretraining_masks_the_input_of_half_of_the_samples_by_the_sample_alone(
     assert mentor.decoder.tok_embeddings.weight.grad.abs().sum() == 0
     assert objective.mask_embedding.grad.abs().sum() > 0
     assert not mentor.decoder.tok_embeddings._forward_hooks
+
+
+def captioned_pictures():
+    """An objective of stage parts, and a batch of two captions and their pictures' tokens and pixels."""
+    model = Mentor(PATCHES, t5_decoder=True)
+    torch.nn.init.normal_(model.decoder.output.weight, std=0.02)           # zero at first: no gradient behind it
+    objective = PartsObjective(model)
+    torch.nn.init.normal_(objective.token_head.weight, std=0.02)
+    train.freeze(objective, STAGES["parts"].trains)
+    ids = torch.tensor([[7, 8, 9, 1], [7, 5, 1, 0]])
+    return objective, {"ids": ids, "mask": ids > 0, "refs": None, "tokens": torch.randint(64, (2, 16)),
+                       "target": torch.rand(2, 3, 16, 16) * 2 - 1, "task": ["t2i", "t2i"]}
+
+
+def moved(objective):
+    """The parts that have gradients other than zero."""
+    return {name for name in (*PARTS, "encoder.t5.decoder") for p in objective.mentor.get_submodule(name).parameters()
+            if p.grad is not None and p.grad.any()}
+
+
+def test_what_the_eye_learns_reaches_neither_connector_nor_t5_nor_decoder_and_every_part_but_the_connector_learns():
+    objective, batch = captioned_pictures()
+    ids, mask = batch["ids"], batch["mask"]
+    objective.seeing_losses(batch["target"], batch["tokens"], ids, mask).sum().backward()
+    assert moved(objective) == {"encoder.clip"}
+    assert objective.token_head.weight.grad.any() and objective.word_head.weight.grad.any()
+    objective, batch = captioned_pictures()
+    objective.reading_losses(ids, mask).sum().backward()
+    assert moved(objective) == {"encoder.t5", "encoder.t5.decoder"}
+    objective, batch = captioned_pictures()
+    objective(batch).sum().backward()
+    assert moved(objective) == {"encoder.clip", "encoder.t5", "encoder.t5.decoder", "projector", "decoder"}
+    missing = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing                                         # or a rank would wait for them
+    read = [any(p.grad.any() for p in block.parameters()) for block in objective.mentor.encoder.clip.blocks]
+    assert read == [True, True, False]                         # the connector reads the last block but one
+
+
+def test_of_a_captions_words_some_are_blank_or_all_stand_in_another_order_whatever_the_batch():
+    ids = torch.cat([torch.randint(2, 200, (60, 12)), torch.ones(60, 1, dtype=torch.long)], dim=1)
+    mask = torch.arange(13) < torch.randint(5, 13, (60, 1))
+    ids = ids * mask
+    order = PartsObjective.order(ids, mask)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(13).expand(60, 13))
+    assert torch.equal(order[~mask], torch.arange(13).expand(60, 13)[~mask])
+    assert (order != torch.arange(13)).any(dim=1).float().mean() > 0.9
+    assert torch.equal(PartsObjective.order(ids[30:, :12], mask[30:, :12]), order[30:, :12])
+    objective, _ = captioned_pictures()
+    t5, fed = objective.mentor.encoder.t5, []
+    encode = t5.encode
+    t5.encode = lambda rows, mask: fed.append(rows) or encode(rows, mask)
+    objective.reading_losses(ids, mask)
+    blank = (fed[0] == objective.blank).all(dim=-1)                                       # (60, 13)
+    untouched = (fed[0] == t5.embed(ids)).all(dim=-1).all(dim=1)
+    shuffled = ~blank.any(dim=1) & ~untouched
+    assert 0.3 < (blank & mask).any(dim=1).float().mean() < 0.7 and shuffled.float().mean() > 0.2
+    objective.eval().reading_losses(ids, mask)
+    assert torch.equal(fed[1], t5.embed(ids))
+
+
+def test_after_parts_the_connector_learns_to_caption_and_then_stages_1_and_2_go_on(toy, tmp_path):
+    names = [tmp_path / stage for stage in ("parts", "connector", "1", "2")]
+    parts, connector, first, second = map(str, names)
+    flags = ["--size", 16, "--save-every", 2, "--seed", 1]           # the weights were made with seed 0
+    world_train.main(command(toy, parts, *flags, stage="parts", steps=4))
+    whole = load_file(f"{parts}/model.safetensors")
+    shutil.rmtree(f"{parts}/step-00000004")
+    world_train.main(command(toy, parts, *flags, "--resume", stage="parts", steps=4))
+    again = load_file(f"{parts}/model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole) and "encoder.t5.lm_head.weight" in whole
+    before, untouched = load_file(f"{toy[0]}/model.safetensors"), ("vqgan", "encoder.connector")
+    t5_decoder = "encoder.t5.decoder.blocks.0.wo.weight"
+    assert (before[t5_decoder] - whole[t5_decoder]).abs().max() > 0.1      # begun anew
+    assert all(torch.equal(before[name], whole[name]) for name in whole if name.startswith("vqgan"))
+    assert weights.load(parts).config.untrained == ("encoder.connector",)
+    with pytest.raises(InputError, match="holds no trained connector.*run --stage connector first"):
+        world_train.main(command((parts, toy[1]), first, stage="1"))
+    for stage, start, out in (("connector", parts, connector), ("1", connector, first), ("2", first, second)):
+        world_train.main(command((start, toy[1]), out, stage=stage))
+        after = load_file(f"{out}/model.safetensors")
+        start = load_file(f"{start}/model.safetensors")
+        changed = {name for name in after if not torch.equal(after[name], start[name])}
+        if stage == "connector":
+            assert changed == {name for name in after if name.startswith("encoder.connector")}
+        assert stage != "1" or {name.split(".")[0] for name in changed} == {"projector", "decoder"}
+    assert "encoder.t5.lm_head.weight" not in after and weights.load(second).config.untrained == ()
+
+
+def test_copies_are_of_the_samples_to_learn_from_and_not_of_those_to_validate_on():
+    args, stage = world_train.parse(["--stage", "2", "--copies", "0.5"])
+    learned, val, _ = world_train.make_data(args, stage, weights.load("tiny"), print)
+    assert learned.world.copies == 0.5 and val.world.copies == 0
 
 
 def test_a_tokenizer_and_its_discriminator_are_clipped_apart():

@@ -51,8 +51,83 @@ def table_of(path, heading):
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
 
 
+ABLATION = os.path.join(HERE, "ablation.json")             # as `python -m world.evaluate ablation` writes it
+CONDITIONS = {                                             # pretrain, copies: colour, name
+    ("captioned", 0.5): (BLUE, "copying pays in half of the pairs"),
+    ("captioned", 0.0): (GREEN, "never"),
+    ("captioned", 0.9): (ORANGE, "in 0.9"),
+    ("aligned", 0.5): (RED, "aligned before, in half"),
+}
+
+
 def draw_ablation(mentor):
-    """CP and PF of lab.md's ablation, and of the paper's Table 4 where it has the row."""
+    """CP and PF of the ablation and of the paper's Table 4: a point a variant, of ABLATION if it is there; else bars of
+    the table in lab.md."""
+    if os.path.exists(ABLATION):
+        return draw_points(cli.read_json(ABLATION, "an ablation")["rows"])
+    return draw_bars()
+
+
+def draw_points(rows):
+    """PF over CP, mean of the seeds and their range: the small model's, each condition in its colour, and the paper's.
+    rows: of ABLATION"""
+    variants, small, paper = {}, {}, {}
+    for row in rows:
+        variants.setdefault(row["variant"], []).append(row)
+    for number, found in enumerate(variants.values(), start=1):
+        colour, _ = CONDITIONS[found[0]["pretrain"], found[0]["copies"]]
+        small[number] = colour, np.array([[row["subject"]["cp"], row["subject"]["pf"]] for row in found])
+        if found[0]["paper"] and None not in found[0]["paper"][:2]:
+            paper[number] = INK, np.array([found[0]["paper"][:2]])
+    lines = -(-len(variants) // 2)
+    sheet = Sheet(410 + 20 * (lines + 1))
+    for x, name, points in ((44, "the small model", small), (446, "the paper", paper)):
+        sheet.text(x, 4, f"{name}: PF over CP")
+        if points:
+            scatter(sheet, points, (x, 28, 340, 340))
+    x = 4
+    for colour, name in CONDITIONS.values():
+        sheet.pen.ellipse((x, 396, x + 8, 404), fill=colour)
+        sheet.text(x + 14, 400, name, colour, 13, "lm")
+        x += 30 + 7 * len(name)
+    for i, (number, name) in enumerate(enumerate(variants, start=1)):
+        sheet.text(4 + 400 * (i // lines), 416 + 20 * (i % lines), f"{number}  {name}", small[number][0], 14)
+    return sheet.image
+
+
+def scatter(sheet, points, frame):
+    """Points in a frame, whose axes are as long as they need to be. points: {number: (colour, (n, 2) x and y of its
+    trainings)}; frame: x, y, width, height"""
+    left, top, width, height = frame
+    every = np.concatenate([values for _, values in points.values()])
+    low = np.floor(10 * every.min(axis=0) - 0.3).clip(0) / 10
+    high = np.ceil(10 * every.max(axis=0) + 0.3).clip(max=10) / 10
+
+    def place(values):
+        share = (np.asarray(values) - low) / (high - low)
+        return (left + width * share[0], top + height * (1 - share[1]))
+
+    sheet.box(*frame, outline=INK)
+    for axis in (0, 1):
+        for value in np.arange(low[axis], high[axis] + 0.01, 0.1):
+            x, y = place((value, low[1]) if axis == 0 else (low[0], value))
+            x, y, anchor = (x, y + 5, "ma") if axis == 0 else (x - 5, y, "rm")
+            sheet.text(x, y, f"{value:.1f}", size=12, anchor=anchor)
+    taken = [place(values.mean(axis=0)) for _, values in points.values()]
+    for number, (colour, values) in points.items():
+        mean, least, most = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+        x, y = place(mean)
+        sheet.pen.line((*place((least[0], mean[1])), *place((most[0], mean[1]))), fill=colour)
+        sheet.pen.line((*place((mean[0], least[1])), *place((mean[0], most[1]))), fill=colour)
+        sheet.pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        sides = [(x + dx, y + dy) for dx, dy in ((13, 0), (-13, 0), (0, -13), (0, 13), (12, -12), (-12, 12))]
+        free = [side for side in sides if all(np.hypot(*np.subtract(side, other)) > 12 for other in taken)]
+        taken.append((free or sides)[0])
+        sheet.text(*taken[-1], str(number), colour, 13, "mm")
+
+
+def draw_bars():
+    """CP and PF of the table in lab.md, and the paper's where it has the row."""
     rows = table_of(os.path.join(HERE, "lab.md"), "The ablation")
     sheet = Sheet(44 * len(rows) + 30)
     for x, caption in ((255, "the small model"), (545, "the paper")):

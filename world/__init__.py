@@ -18,5 +18,6 @@ Nothing outside this folder depends on it. Read it in this order:
     tokenizer.py    trains a VQGAN from nothing
     train.py        the small model's stages, in place of the public weights of CLIP, T5 and LlamaGen
     judge.py        the classifier, and its own accuracy on true pictures
-    evaluate.py     scores of the held-out subjects, a sheet of them, what is learned in context, the ablations
+    ablation.py     the rows of the paper's Table 4 in miniature, and of a comparison of connectors
+    evaluate.py     scores of the held-out subjects, a sheet of them, what is learned in context, both tables
 """

@@ -29,6 +29,7 @@ import weights
 from cli import InputError
 from scorers import color_distance
 from world import rows, scenes, sprites
+from world.ablation import ABLATION, ARCHITECTURES, COLUMNS
 from world.judge import accuracy, accuracy_on_true_images, crowd_accuracy, iou, load_judge, psnr, train_judge
 from world.rules import EXAMPLES, RULES
 
@@ -278,58 +279,7 @@ def run_icl(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Variants of the training, as tables
-
-class Run(NamedTuple):
-    """A run of `world.train`."""
-    stage: str
-    flags: tuple = ()              # beyond those that all runs of a table share; each with one value
-
-
-class Variant(NamedTuple):
-    """A way to train the small model, after a row of the paper's Table 4."""
-    runs: tuple                    # one after the other; of two the first has a third of the budget
-    paper: tuple | None = None     # the paper's CP, PF and CP * PF; None where it has no such row
-
-
-class Table(NamedTuple):
-    """What `run_table` trains and prints."""
-    variants: dict
-    columns: tuple                 # of COLUMNS
-
-
-COLUMNS = {
-    "CP": ("subject", "cp"),
-    "PF": ("subject", "pf"),
-    "CP*PF": ("subject", "cp*pf"),
-    "CP/PF": ("subject", "cp/pf"),
-    "hue": ("subject", "hue"),
-    "IoU": ("segment", "iou"),
-    "L2": ("reconstruct", "l2"),
-}
-ABLATION = Table({
-    "full": Variant((Run("1"), Run("2")), (.555, .839, .466)),
-    "without stage 1": Variant((Run("2"),), (.179, .673, .120)),
-    "without segmentation in stage 1": Variant((Run("1", ("--without", "segment")), Run("2"))),
-    "without recovery": Variant((Run("1"), Run("2", ("--without", "recover"))), (.661, .284, .188)),
-    "without segmentation in stage 2": Variant((Run("1"), Run("2", ("--without", "segment"))), (.412, .918, .378)),
-    "without text to image": Variant((Run("1"), Run("2", ("--without", "t2i")))),
-}, tuple(COLUMNS))
-PUBLISHED = ("--prefix-rope", "identity")              # the bundled weights' grid has no places for a query's rows
-ARCHITECTURES = Table({            # each with a connector that starts from random weights, at stage 2's learning rate
-    "MLP connector": Variant((Run("2", ("--connector", "released")),)),
-    "query connector": Variant((Run("2", ("--connector", "query", *PUBLISHED)),)),
-    "MLP, several images": Variant((Run("multi", ("--lr", "2e-3", "--connector", "released")),)),
-    "MLP, prefix without rotation": Variant((Run("2", ("--connector", "released", *PUBLISHED)),)),
-}, ("CP", "PF", "CP*PF", "L2"))
-
-
-def steps_of(variant, steps):
-    """The steps of each of its runs. Every variant has the same budget."""
-    if len(variant.runs) == 1:
-        return [steps]
-    return [steps // 3, steps - steps // 3]
-
+# Variants of the training, as `ablation.py` has them
 
 def start_training(args, run, steps, seed, init, out):
     """Starts `world.train` in a process of its own. -> subprocess.Popen"""
@@ -347,14 +297,20 @@ def start_training(args, run, steps, seed, init, out):
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
+def start_of(args, variant):
+    """The weights that a variant starts from."""
+    return args.aligned if variant.pretrain == "aligned" else args.init
+
+
 def train_variant(args, name, variant):
     """Trains a variant with all seeds side by side, as far as that is not done yet. -> {seed: folder of weights}"""
-    names = {seed: f"seed{seed}" for seed in range(args.seeds)}
-    weights_of = dict.fromkeys(names, args.init)
-    for run, steps in zip(variant.runs, steps_of(variant, args.steps)):
-        running = {}
+    kind = "-aligned" if variant.pretrain == "aligned" else ""
+    names = {seed: f"seed{seed}{kind}" for seed in range(args.seeds)}
+    weights_of = dict.fromkeys(names, start_of(args, variant))
+    for run in variant.runs:
+        running, steps = {}, run.steps(args.steps)
         for seed, init in weights_of.items():
-            names[seed] += "_" + "-".join([run.stage, *run.flags[1::2]])    # variants that begin alike share folders
+            names[seed] += f"_{run.name}"                              # variants that begin alike share folders
             weights_of[seed] = out = os.path.join(args.out, names[seed])
             if os.path.join(out, f"step-{steps:08}") not in cli.checkpoints(out):
                 print(f"{name}, seed {seed}: stage {run.stage}, {steps} steps -> {out}", flush=True)
@@ -375,47 +331,59 @@ def score_variant(folder, judge, args):
     return cli.read_json(path, "scores; remove it, and the same command makes them anew")
 
 
-def print_table(table, scored):
-    """Of every variant the mean over the seeds and half their range, and the paper's numbers."""
-    header = "".join(f"{column:>13}" for column in table.columns)
-    print(f"{'mean, half the range over seeds':32}{header}   paper: CP, PF, CP*PF")
-    for name, variant in table.variants.items():
-        cells = ""
-        for task, score in (COLUMNS[column] for column in table.columns):
+def print_table(variants, columns, scored):
+    """Of every variant the conditions, the mean over the seeds and half their range, and the paper's numbers."""
+    header = "".join(f"{column:>13}" for column in columns)
+    print(f"{'mean, half the range over seeds':32}{'pretrain':>10}{'copies':>8}{header}   paper: CP, PF, CP*PF")
+    for name, variant in variants.items():
+        cells = f"{variant.pretrain or '-':>10}{'-' if variant.copies is None else variant.copies:>8}"
+        for task, score in (COLUMNS[column] for column in columns):
             values = [row[task][score] for row in scored if row["variant"] == name]
             cells += f"{np.mean(values):7.3f} {np.ptp(values) / 2:.3f}"
-        paper = ", ".join(f"{value:.3f}" for value in variant.paper or ()) or "-"
+        paper = ", ".join("-" if value is None else f"{value:.3f}" for value in variant.paper or (None,))
         print(f"{name:32}{cells}   {paper}")
 
 
-def run_table(name, table, args):
-    """Trains and scores all variants of a table with equal budgets, prints it and writes it to args.out/name.json."""
-    judge = load_judge(args.judge)
-    load_small(args.init)                      # so that an error in it is reported before anything is trained
-    if args.steps < 3 and any(len(variant.runs) > 1 for variant in table.variants.values()):
+def check_budget(args, table, chosen):
+    """Raises InputError where the chosen variants cannot be trained, or an earlier command gave --out another budget.
+    -> the budget"""
+    starts = {start_of(args, variant) for variant in chosen.values()}
+    for start in sorted(starts):
+        load_small(start)                      # so that an error in it is reported before anything is trained
+    if args.steps < 3 and any(run.part != "all" for variant in chosen.values() for run in variant.runs):
         raise InputError(f"--steps is {args.steps} but two stages share them, a third for the first; give 3 or more")
     budget = {"init": args.init, "steps": args.steps, "global_batch": args.global_batch, "bf16": args.bf16}
+    if any(variant.pretrain for variant in table.variants.values()):
+        budget["aligned"] = args.aligned
     path = os.path.join(args.out, "budget.json")
     if not os.path.exists(path):
         cli.write_json(path, budget)
     earlier = cli.read_json(path, "the budget of these trainings; remove it if they shall begin anew")
     if earlier != budget:
         raise InputError(f"{path}: was begun with {earlier}, not {budget}; give the same or another --out")
+    return budget
+
+
+def run_table(name, table, args):
+    """Trains and scores the variants of a table, or those of --rows, prints it and writes it to args.out/name.json."""
+    judge, chosen = load_judge(args.judge), {row: table.variants[row] for row in args.rows or table.variants}
+    budget = check_budget(args, table, chosen)
     args.tests = list(dict.fromkeys(COLUMNS[column][0] for column in table.columns))
     scored = []
-    for variant_name, variant in table.variants.items():
-        for seed, folder in train_variant(args, variant_name, variant).items():
-            scores = score_variant(folder, judge, args)
-            scored.append({"variant": variant_name, "seed": seed, "paper": variant.paper, **scores})
+    for row, variant in chosen.items():
+        runs = [{"stage": run.stage, "flags": run.flags, "steps": run.steps(args.steps)} for run in variant.runs]
+        facts = {"pretrain": variant.pretrain, "copies": variant.copies, "runs": runs, "paper": variant.paper}
+        for seed, folder in train_variant(args, row, variant).items():
+            scored.append({"variant": row, "seed": seed, **facts, **score_variant(folder, judge, args)})
     print(f"judge on true pictures: {format_scores(accuracy_on_true_images(judge))}")
-    print_table(table, scored)
+    print_table(chosen, table.columns, scored)
     path = os.path.join(args.out, f"{name}.json")
     cli.write_json(path, {**budget, "samples": args.samples, "seed": args.seed, "rows": scored})
     print(f"wrote {path}")
 
 
 def run_ablation(args):
-    """Trains the small model's variants of the paper's Table 4 with equal budgets and prints the table beside it."""
+    """Trains the small model's variants of the paper's Table 4 and prints the table beside it."""
     run_table("ablation", ABLATION, args)
 
 
@@ -434,10 +402,11 @@ def add_command(commands, name, function):
     return parser.add_argument
 
 
-def add_table_flags(flag, name, init, steps):
+def add_table_flags(flag, name, table, steps):
     """The flags of a command that trains and scores a table."""
-    flag("--init", default=init, help=f"weights all variants start from (default {init})")
-    flag("--steps", type=cli.positive_int, default=steps, help=f"optimizer steps of a variant (default {steps})")
+    flag("--rows", nargs="+", choices=table.variants, metavar="NAME", help="only these: " + "; ".join(table.variants))
+    flag("--steps", type=cli.positive_int, default=steps, help=f"optimizer steps of a variant; where it has stage 1, a "
+         f"third is for that (default {steps})")
     flag("--global-batch", type=cli.positive_int, default=16, help="samples a step (default 16)")
     flag("--bf16", action="store_true", help="train by bf16 products over fp32 weights")
     flag("--seeds", type=cli.positive_int, default=2, help="trainings of each variant (default 2)")
@@ -488,8 +457,16 @@ def parse(argv):
     flag("--seed", type=cli.natural, default=SEED, help=f"of subjects and samples (default {SEED})")
     flag("--out", default="out/eval/grid.png", help="the sheet (default out/eval/grid.png)")
 
-    add_table_flags(add_command(commands, "ablation", run_ablation), "ablation", "out/tiny/pretrain", 800)
-    add_table_flags(add_command(commands, "architectures", run_architectures), "architectures", "tiny", 400)
+    flag = add_command(commands, "ablation", run_ablation)
+    flag("--init", default="out/tiny/connector", help="weights after stages parts and connector, from which all rows "
+         "start that do not say aligned (default out/tiny/connector)")
+    flag("--aligned", default="out/tiny/pretrain", help="weights after stage pretrain, for the rows that do (default "
+         "out/tiny/pretrain)")
+    add_table_flags(flag, "ablation", ABLATION, 800)
+
+    flag = add_command(commands, "architectures", run_architectures)
+    flag("--init", default="tiny", help="weights all variants start from (default tiny)")
+    add_table_flags(flag, "architectures", ARCHITECTURES, 400)
     return parser.parse_args(argv)
 
 

@@ -176,14 +176,15 @@ class Picture:
 
 class World:
     """Makes pictures of the subjects of one split. held_out: as a Subject has it, None = all subjects; moves: the MOVES
-    that references may make."""
+    that references may make; copies: share of task subject's pairs whose picture has its reference's own background, so
+    that to copy the reference pays. The other pairs are the same whatever the share."""
 
-    def __init__(self, held_out=False, moves=tuple(MOVES)):
+    def __init__(self, held_out=False, moves=tuple(MOVES), copies=0.0):
         everyone = range(len(subjects()))
         self.subjects = [i for i in everyone if held_out is None or subjects()[i].held_out == held_out]
         # what a caption alone may name: in one design, or nobody could know which is meant
         self.known = [i for i in everyone if not subjects()[i].held_out and subjects()[i].design == DESIGNS[0]]
-        self.moves = moves
+        self.moves, self.copies = moves, copies
         self.hats = [i for i in self.known if subjects()[i].label in HATS]
 
     def describe(self, rng, task, extras=True, several=2):
@@ -270,9 +271,15 @@ class World:
             options = PLAIN if rng.random() < PLAIN_REFERENCE else SCENES
             scene = pick(rng, [name for name in options if name != description.scene])
             others.append(Description(subjects_shown, scene))
+        # a child draws this, so that all other numbers are the same whatever the share
+        copied = task == "subject" and rng.spawn(1)[0].random() < self.copies
+        if copied:
+            description = replace(description, scene=scene)
         descriptions = [description, *others]
         texts = [one.caption(rng) for one in descriptions]
         backgrounds = [scenes.paint(rng, one.scene) for one in descriptions]
+        if copied:
+            backgrounds[0] = backgrounds[1]
         references = () if task == "recover" else backgrounds[1:]
         shares = np.array([MOVES[name].several if task == "multi" else MOVES[name].share for name in self.moves])
         moves = tuple(str(rng.choice(self.moves, p=shares / shares.sum())) for _ in references)
@@ -337,13 +344,14 @@ class EmojiData(Dataset):
     weights: {task: its share}, default all of TASKS alike; besides them there are "icl" (a Lesson), "caption" (a
     picture's caption as labels) and "picture" (the target of any task alone, for a VQGAN). length: samples in an epoch;
     those after it are new ones. extras: styles, hats and second emoji may come in. several: numbers of subjects that a
-    sample of task multi may have. moves: as of World. In training references are at times called by made-up names;
-    otherwise "beach umbrella" and "blueberries", never met before, would be read as scenes. called: names to call all
-    references by instead of their own. A sample also has "meta": what is seen in it, to score a model's images by.
+    sample of task multi may have. moves, copies: as of World. In training references are at times called by made-up
+    names; otherwise "beach umbrella" and "blueberries", never met before, would be read as scenes. called: names to
+    call all references by instead of their own. A sample also has "meta": what is seen in it, to score a model's images
+    by.
     """
 
     def __init__(self, processor, image_size=SIZE, weights=None, seed=0, held_out=False, length=100_000, extras=True,
-                 several=(2, 2, 3, 4), moves=tuple(MOVES), called=()):
+                 several=(2, 2, 3, 4), moves=tuple(MOVES), called=(), copies=0.0):
         self.processor, self.image_size, self.seed, self.extras = processor, image_size, seed, extras
         self.rename, self.several, self.called = RENAMED if extras and held_out is False else 0, several, called
         weights = weights or dict.fromkeys(TASKS, 1)
@@ -355,7 +363,7 @@ class EmojiData(Dataset):
         expected = np.round(self.shares * length).astype(int).tolist()
         self.counts = dict(zip(self.tasks, expected))                # samples in an epoch
         self.problems, self.lines = [], length                       # as of a file without a damaged line
-        self.world = World(held_out, moves)
+        self.world = World(held_out, moves, copies)
         self.names = [subjects()[i].label for i in self.world.known]
 
     def __len__(self):

@@ -8,13 +8,19 @@
     python -m world.train --stage icl                # learning from examples,
     python -m world.train --stage reconstruct        # reconstruction alone
 
-Each starts from the one before it in out/tiny, the last three from 2. Samples are painted as they are needed, unless
---data names files. Flags and the loop are those of `train.py`; here stand the small model's sizes, its rows of the
-stage table, the objective of `pretrain` and the optimizer. On two cores take --workers 0 and
-`OMP_NUM_THREADS=1 torchrun --nproc_per_node=2`.
+Each starts from the one before it in out/tiny, the last three from 2. `pretrain` also aligns patches and tokens, which
+the paper leaves to stage 1. Two stages in its place bring what the paper starts from and nothing more:
+
+    python -m world.train --stage parts              # each part for itself: to see, to read, to write
+    python -m world.train --stage connector          # captions through the frozen T5
+    python -m world.train --stage 1 --init out/tiny/connector
+
+Samples are painted as they are needed, unless --data names files. Flags and the loop are those of `train.py`; here
+stand the small model's sizes, its rows of the stage table, the objectives of `pretrain` and `parts` and the optimizer.
+On two cores take --workers 0 and `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2`.
 
 Shape letters: B batch, n samples that one loss is for, S prefix rows, T image tokens, P patches of an image, D the
-decoder's width, V codes, e their width. Next: `world/judge.py`.
+decoder's width, V codes, e their width; L words of a caption, C the width of CLIP or T5. Next: `world/judge.py`.
 """
 import os
 from dataclasses import replace
@@ -25,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
+import data
 import train
 import weights
 from cli import InputError
@@ -47,6 +54,10 @@ STAGES = {      # an epoch is 100,000 samples
                    micro=32),
     "pretrain": Stage(("encoder", "projector", "decoder"), {"t2i": 50, "reconstruct": 25, "segment": 25},
                       "out/tiny/vqgan", global_batch=32, lr=3e-3, epochs=0.48, prefix_tokens=128, micro=16),
+    "parts": Stage(("encoder.clip", "encoder.t5", "projector", "decoder"), {"t2i": 1}, "out/tiny/vqgan",
+                   global_batch=32, lr=3e-3, epochs=0.48, prefix_tokens=128, micro=16, t5_decoder=True),
+    "connector": replace(train.STAGES["connector"], init="out/tiny/parts", global_batch=32, lr=2e-3, epochs=0.32,
+                         prefix_tokens=128, micro=16),
     "1": replace(train.STAGES["1"], tasks={"t2i": 20, "reconstruct": 40, "segment": 40}, init="out/tiny/pretrain",
                  global_batch=32, lr=2e-3, epochs=0.112, prefix_tokens=128, micro=16),
     # with some reconstruction, or the skill is lost
@@ -71,7 +82,7 @@ TWIN = 0.05                # --grow: how far the two halves of a code lie apart,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The objective of stage pretrain
+# The objectives of stages pretrain and parts
 
 class PretrainObjective(TokenObjective):
     """What CLIP, T5 and LlamaGen bring to the published recipe, learned from nothing.
@@ -82,17 +93,18 @@ class PretrainObjective(TokenObjective):
     from the caption alone.
     """
 
-    def __init__(self, mentor):
+    def __init__(self, mentor, width=None):
+        """width: of the patches' rows whose tokens are named, default the decoder's."""
         super().__init__(mentor)
         config = mentor.config
         if config.connector == "query":
-            raise InputError("stage pretrain names the tokens under each patch, which a query connector does not tell "
-                             "apart; give --connector query to a later stage")
+            raise InputError("a query connector is none for this stage, which names the tokens under each patch; give "
+                             "--connector query to a later stage")
         if config.grid % config.vision.grid:
             raise InputError(f"--size {config.image_size} gives {config.grid} tokens a side for {config.vision.grid} "
                              f"patches; take a multiple of {config.vision.grid * config.vqgan.factor}")
         self.side = config.grid // config.vision.grid          # tokens a side of one patch
-        self.token_head = nn.Linear(config.decoder.width, self.side**2 * config.vqgan.code_width)
+        self.token_head = nn.Linear(width or config.decoder.width, self.side**2 * config.vqgan.code_width)
         self.logit_scale = nn.Parameter(torch.tensor(20.0))
         self.thumbnail_head = nn.Linear(config.decoder.width, 3 * THUMBNAIL**2)
         self.mask_embedding = nn.Parameter(0.02 * torch.randn(config.decoder.width))
@@ -104,7 +116,7 @@ class PretrainObjective(TokenObjective):
         drop = torch.zeros_like(aligned)
         if "drop" in batch:                    # predicting tokens from unconditional rows would teach nothing
             drop = batch["drop"] & ~aligned
-        images = batch["target"] if "target" in batch else self.mentor.vqgan.decode(tokens)
+        images = self.images_of(batch, tokens)
         prefix = self.mentor.prefix(batch["ids"], batch["mask"], batch["refs"], drop)
         losses = torch.zeros(len(tokens), device=tokens.device)
         for chosen, loss, target in ((aligned, self.token_losses, tokens),
@@ -113,7 +125,14 @@ class PretrainObjective(TokenObjective):
             if chosen.any():
                 part = self.select(prefix, chosen)
                 losses = losses.index_add(0, chosen.nonzero()[:, 0], loss(part, target[chosen]))
-        # DDP expects a gradient from every parameter on every rank, whatever tasks a batch holds
+        return self.reaching_all(losses)
+
+    def images_of(self, batch, tokens):
+        """The targets' pixels, of codes that were made ahead what these paint. -> (B, 3, H, W)"""
+        return batch["target"] if "target" in batch else self.mentor.vqgan.decode(tokens)
+
+    def reaching_all(self, losses):
+        """The same losses: DDP expects a gradient from every parameter on every rank, whatever a batch holds."""
         return losses + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
 
     @staticmethod
@@ -146,12 +165,17 @@ class PretrainObjective(TokenObjective):
         return masked.to(tokens.device)
 
     def token_losses(self, prefix, tokens):
-        """Cross entropy of the tokens under every patch. The head gives a point in the codes' space, its similarities
-        to the codes are the logits: similar codes are close by construction, and a near miss costs less. -> (n,)"""
+        """`naming_losses` of the prefix's image rows. -> (n,)"""
+        return self.naming_losses(prefix.rows[prefix.is_image], tokens)
+
+    def naming_losses(self, rows, tokens):
+        """Cross entropy of the tokens under every patch, by the patches' rows (n * P, D). The head gives a point in the
+        codes' space, its similarities to the codes are the logits: similar codes are close by construction, and a near
+        miss costs less. -> (n,)"""
         patches, side = self.mentor.config.vision.grid, self.side
         codes = F.normalize(self.mentor.vqgan.quantize.embedding.weight, dim=-1)          # (V, e)
         target = tokens.view(-1, patches, side, patches, side).transpose(2, 3).flatten()  # (n * T,) patch by patch
-        points = self.token_head(prefix.rows[prefix.is_image])                            # (n * P, side**2 * e)
+        points = self.token_head(rows)                                                    # (n * P, side**2 * e)
         points = points.unflatten(-1, (side**2, -1)).flatten(0, 1)                        # (n * T, e)
         losses = F.cross_entropy(self.logit_scale * (points @ codes.T).float(), target, reduction="none")
         losses = losses + CODE_DISTANCE * (points - codes[target]).square().sum(dim=-1)
@@ -162,6 +186,71 @@ class PretrainObjective(TokenObjective):
         thumbnails = F.adaptive_avg_pool2d(images, THUMBNAIL).flatten(1)                  # (n, 3 * THUMBNAIL**2)
         error = (self.thumbnail_head(prefix.rows[:, -1]).float() - thumbnails).square().mean(dim=1)
         return 5 * self.mentor.config.grid**2 * error
+
+
+class PartsObjective(PretrainObjective):
+    """What the published recipe starts from and nothing more, learned from pictures with captions: nothing here leads
+    from pictures through connector and T5 to the decoder.
+
+    CLIP's patches, as the connector will receive them, name the tokens that lie under them and, all together, the
+    caption's words. T5 writes a caption from its words, some of them blank or in another order. The decoder learns to
+    write from captions as in `pretrain`; T5 learns with it, which FLAN-T5 did not, because the sketch of a caption
+    would stay empty otherwise.
+    """
+
+    def __init__(self, mentor):
+        super().__init__(mentor, mentor.config.vision.width)
+        self.word_head = nn.Linear(mentor.config.vision.width, mentor.config.t5.vocab_size)
+        self.blank = nn.Parameter(0.02 * torch.randn(mentor.config.t5.width))
+        nn.init.zeros_(self.token_head.weight)                 # CLIP's rows are large: a guess would cost too much
+
+    def forward(self, batch):
+        """-> (B,)"""
+        tokens = self.mentor.target_tokens(batch)                                         # (B, T)
+        ids, mask, images = batch["ids"], batch["mask"], self.images_of(batch, tokens)
+        prefix = self.mentor.prefix(ids, mask, drop=batch.get("drop"))
+        thumbnails = self.thumbnail_losses(prefix, images)
+        if "drop" in batch:                    # unconditional rows tell of no image
+            thumbnails = thumbnails.masked_fill(batch["drop"], 0)
+        losses = self.seeing_losses(images, tokens, ids, mask) + self.reading_losses(ids, mask)
+        return self.reaching_all(losses + self.writing_losses(prefix, tokens) + thumbnails)
+
+    def seeing_losses(self, images, tokens, ids, mask):
+        """CLIP names the tokens under each patch, and from the mean of all patches the words. -> (B,)"""
+        clip = self.mentor.encoder.clip
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (data.CLIP_MEAN, data.CLIP_STD))
+        pixels = F.interpolate((images.clamp(-1, 1) + 1) / 2, clip.config.image_size, mode="bilinear")
+        features = clip((pixels - mean) / std)                                            # (B, P, C)
+        named = self.naming_losses(features.flatten(0, 1), tokens)
+        words = self.word_head(features.mean(dim=1)).float().log_softmax(dim=-1)          # (B, vocabulary)
+        missing = -(words.gather(1, ids) * mask).sum(dim=1) / mask.sum(dim=1)
+        return named + self.tokens * missing
+
+    def reading_losses(self, ids, mask):
+        """T5 writes each caption: in half of the samples from some or none of its words, in the others from all in
+        another order, as the words that a connector finds in patches have no order. -> (B,)"""
+        t5 = self.mentor.encoder.t5
+        rows = t5.embed(ids)                                                              # (B, L, C)
+        if self.training:
+            blank = F.pad(self.masked_inputs(ids), (1, 0))                                # (B, L)
+            kept = torch.arange(ids.size(1), device=ids.device)
+            order = torch.where(blank.any(dim=1, keepdim=True), kept, self.order(ids, mask))
+            rows = torch.where(blank[..., None], self.blank.type_as(rows), rows)
+            rows = rows.gather(1, order[..., None].expand_as(rows))
+        losses = t5.caption_losses(t5.encode(rows, mask), mask, ids.masked_fill(~mask, -100))             # (B, L)
+        return self.tokens * losses.sum(dim=1) / mask.sum(dim=1)
+
+    @staticmethod
+    def order(ids, mask):
+        """Any order of each caption's words, padding behind: a function of the sample alone. -> (B, L) int64"""
+        orders = torch.arange(ids.size(1)).repeat(len(ids), 1)
+        for order, sample, words in zip(orders, ids.cpu(), mask.sum(dim=1).tolist()):
+            generator = torch.Generator().manual_seed(int(sample.sum()) + 1)
+            order[:words] = torch.randperm(words, generator=generator)
+        return orders.to(ids)
+
+
+OBJECTIVES = {"pretrain": PretrainObjective, "parts": PartsObjective}          # of all others: train.py's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,15 +294,28 @@ def grow(mentor):
     return larger
 
 
+def in_parts(mentor, seed):
+    """The model with a new connector, untrained, and with a new decoder half of T5. -> Mentor"""
+    config = replace(mentor.config, untrained=("encoder.connector",))
+    parts = weights.random_model(config, mentor.processor.tokenizer, seed, t5_decoder=True)
+    kept = {name: tensor for name, tensor in mentor.state_dict().items() if not name.startswith("encoder.connector.")}
+    parts.load_state_dict(kept, strict=False)
+    return parts
+
+
 def load_start(args, stage, log):
     """The weights that a stage starts from; random ones have the small model's size. -> Mentor"""
-    if stage.init != "random":
-        mentor = train.load_start(args, stage, log, command="-m world.train")
-        return grow(mentor) if args.grow else mentor
-    config = weights.override(SMALL, stage.prefix_rope, stage.prefix_tokens)
-    if args.connector:
-        config = weights.with_connector(config, args.connector)
-    return weights.resize(weights.random_model(config, small_tokenizer(), args.seed), args.size)
+    parts = args.stage == "parts"              # which begins T5's decoder half, so nothing before it holds one
+    if stage.init == "random":
+        config = weights.override(SMALL, stage.prefix_rope, stage.prefix_tokens)
+        if args.connector:
+            config = weights.with_connector(config, args.connector)
+        mentor = weights.resize(weights.random_model(config, small_tokenizer(), args.seed), args.size)
+    else:
+        mentor = train.load_start(args, replace(stage, t5_decoder=stage.t5_decoder and not parts), log,
+                                  command="-m world.train")
+        mentor = grow(mentor) if args.grow else mentor
+    return in_parts(mentor, args.seed) if parts else mentor
 
 
 def make_data(args, stage, mentor, log):
@@ -222,7 +324,7 @@ def make_data(args, stage, mentor, log):
         return train.task_data(args, stage, mentor, log)
     options = {"image_size": mentor.config.image_size, "weights": stage.tasks}
     val = EmojiData(mentor.processor, seed=args.seed + 1, held_out=True, **options)
-    return EmojiData(mentor.processor, seed=args.seed, **options), val, val
+    return EmojiData(mentor.processor, seed=args.seed, copies=args.copies, **options), val, val
 
 
 def parse(argv):
@@ -230,6 +332,9 @@ def parse(argv):
     parser = train.make_parser(list(STAGES), __doc__)
     parser.add_argument("--grow", action="store_true", help="make the weights larger first, with twice the codes and "
                         "two decoder layers more")
+    share = cli.checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    parser.add_argument("--copies", type=share, default=0.0, metavar="SHARE", help="of the painted subject-driven "
+                        "pairs, whose picture has its reference's own background (default 0)")
     extra = parser.add_argument_group("stage vqgan")
     extra.add_argument("--adversarial", type=cli.nonnegative_float, default=0.0, metavar="WEIGHT",
                        help="of a discriminator, to which the tokenizer listens in the second half; default 0 = none")
@@ -238,22 +343,24 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.stage != "vqgan" and (args.adversarial or args.lpips):
         raise InputError(f"--adversarial and --lpips are for --stage vqgan; leave them out in stage {args.stage}")
-    if args.fsdp and args.stage in ("vqgan", "pretrain"):
+    if args.fsdp and args.stage in ("vqgan", *OBJECTIVES):
         raise InputError(f"--fsdp is for large models; stage {args.stage} trains without it")
+    stage = train.override(STAGES[args.stage], args)
+    if args.copies and (args.data or "subject" not in stage.tasks):
+        raise InputError("--copies is for painted pairs of the task subject; leave it out with --data, and in a stage "
+                         "without that task")
     args.out = args.out or os.path.join("out", "tiny", args.stage)
-    return args, train.override(STAGES[args.stage], args)
+    return args, stage
 
 
 def main(argv=None):
     """The command line."""
     args, stage = parse(argv)
-    options = {"make_objective": TokenObjective}
+    options = {"make_objective": OBJECTIVES.get(args.stage, TokenObjective)}
     if args.stage == "vqgan":
         make_objective = partial(tokenizer.PixelObjective, adversarial=args.adversarial, lpips=args.lpips,
                                  fresh=stage.init == "random")
         options = {"make_objective": make_objective, "before_step": tokenizer.before_step}
-    if args.stage == "pretrain":
-        options = {"make_objective": PretrainObjective}
     train.fit(args, stage, make_data=make_data, optimizers_of=make_optimizers, start=load_start, **options)
 
 
