@@ -41,6 +41,7 @@ from train import Stage, TokenObjective
 from vqgan import VQConfig
 from world import tokenizer
 from world.rows import EmojiData, small_tokenizer
+from world.sprites import CROWDS
 
 SMALL = MentorConfig(      # 6.1 M parameters, 2.0 M of them in the decoder
     vision=VisionConfig(width=192, layers=4, heads=6, mlp=576, image_size=64, patch_size=8),
@@ -324,6 +325,8 @@ def make_data(args, stage, mentor, log):
         return train.task_data(args, stage, mentor, log)
     options = {"image_size": mentor.config.image_size, "weights": stage.tasks}
     val = EmojiData(mentor.processor, seed=args.seed + 1, held_out=True, **options)
+    if args.several:
+        options["several"] = tuple(args.several)
     return EmojiData(mentor.processor, seed=args.seed, copies=args.copies, **options), val, val
 
 
@@ -335,6 +338,8 @@ def parse(argv):
     share = cli.checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
     parser.add_argument("--copies", type=share, default=0.0, metavar="SHARE", help="of the painted subject-driven "
                         "pairs, whose picture has its reference's own background (default 0)")
+    parser.add_argument("--several", nargs="+", type=int, choices=CROWDS, help="how many subjects a painted sample of "
+                        "the task multi may have (default: two to four, two most often)")
     extra = parser.add_argument_group("stage vqgan")
     extra.add_argument("--adversarial", type=cli.nonnegative_float, default=0.0, metavar="WEIGHT",
                        help="of a discriminator, to which the tokenizer listens in the second half; default 0 = none")
