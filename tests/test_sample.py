@@ -8,6 +8,7 @@ import sys
 
 import numpy
 import pytest
+import torch
 from conftest import finish, run
 from PIL import Image
 
@@ -390,6 +391,7 @@ def test_genevals_layout_is_what_its_evaluator_reads(tmp_path, capsys):
 
 @pytest.mark.full
 def test_processes_share_a_list_and_draw_what_one_does(mixed, tmp_path):
+    torch.set_num_threads(1)                                   # as each of them has; sums may differ otherwise
     draw("--prompts", mixed, "--size", 64, "--out", tmp_path / "one")
     arguments = [*RANDOM, "--prompts", str(mixed), "--size", "64", "--batch", "2", "--out", str(tmp_path / "two")]
     said = finish(run([*arguments, "--device", "cpu"], processes=2, module="sample"))
