@@ -488,12 +488,12 @@ def export(args):
 def subject(args):
     """Writes pictures of one emoji in one appearance before several scenes, with the captions and masks beside them
     that `prepare.py folder` reads."""
-    labels = [known.label for known in subjects()]
+    labels = [known.label for known in subjects() if known.design == args.design]
     if args.label not in labels:
         similar = [label for label in labels if set(label.split()) & set(args.label.split())]
         there_are = f"; there are {', '.join(similar[:20])}" if similar else ""
         raise InputError(f"{args.label}: no such emoji{there_are}; all names are in assets/emoji.json")
-    index = labels.index(args.label) + DESIGNS.index(args.design) * len(labels) // len(DESIGNS)
+    index = labels.index(args.label) + DESIGNS.index(args.design) * len(labels)
     stem = os.path.join(args.folder, args.label.replace(" ", "_"))
     cli.probe(f"{stem}-00.png")
     rng = np.random.default_rng(args.seed)
