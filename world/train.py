@@ -297,11 +297,9 @@ def grow(mentor):
 
 def in_parts(mentor, seed):
     """The model with a new connector, untrained, and with a new decoder half of T5. -> Mentor"""
-    config = replace(mentor.config, untrained=("encoder.connector",))
-    parts = weights.random_model(config, mentor.processor.tokenizer, seed, t5_decoder=True)
-    kept = {name: tensor for name, tensor in mentor.state_dict().items() if not name.startswith("encoder.connector.")}
-    parts.load_state_dict(kept, strict=False)
-    return parts
+    parts = weights.random_model(mentor.config, mentor.processor.tokenizer, seed, t5_decoder=True)
+    parts.load_state_dict(mentor.state_dict(), strict=False)               # all but T5's decoder half
+    return weights.new_connector(parts, mentor.config.connector)
 
 
 def load_start(args, stage, log):
