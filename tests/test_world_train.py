@@ -29,6 +29,7 @@ PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=1
     (["--stage", "vqgan", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "pretrain", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "parts", "--fsdp"], "--fsdp is for large models"),
+    (["--stage", "parts", "--model", "mini", "--grow"], "give one of the two"),
     (["--stage", "2", "--copies", "1.5"], "argument --copies: must be a number from 0 to 1"),
     (["--stage", "1", "--copies", "0.5"], "in a stage without that task"),
     (["--stage", "2", "--copies", "0.5", "--data", "rows.jsonl"], "leave it out with --data"),
@@ -102,7 +103,6 @@ def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
     finish(run([*flags, "--out", str(tmp_path / "two"), fsdp], processes=2, module="world.train"))
     world_train.main([*flags, "--out", str(tmp_path / "one")])
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    # Muon orthogonalises in bf16, so gradients that differ in the last bit of fp32 move a matrix differently
     np.testing.assert_allclose([r["loss"] for r in one], [r["loss"] for r in two], rtol=1e-4)
     np.testing.assert_allclose([r["grad_norm"] for r in one], [r["grad_norm"] for r in two], rtol=1e-2)
     for task, loss in one[1]["val"].items():
@@ -288,6 +288,17 @@ def test_after_parts_the_connector_learns_to_caption_and_then_stages_1_and_2_go_
             assert changed == {name for name in after if name.startswith("encoder.connector")}
         assert stage != "1" or {name.split(".")[0] for name in changed} == {"projector", "decoder"}
     assert "encoder.t5.lm_head.weight" not in after and weights.load(second).config.untrained == ()
+
+
+@pytest.mark.parametrize("stage", ["parts", "pretrain"])
+def test_a_model_of_another_size_is_begun_anew_around_the_tokenizer_of_the_bundled_one(tmp_path, stage):
+    flags = ["--model", "mini", "--steps", 1, "--global-batch", 2, "--workers", 0, "--device", "cpu"]
+    world_train.main([str(flag) for flag in ("--stage", stage, "--init", "tiny", *flags, "--out", tmp_path)])
+    mini, bundled = weights.load(str(tmp_path)), weights.load("tiny")
+    assert mini.config.decoder.width == mini.config.t5.width == mini.config.vision.width == 128
+    assert mini.config.image_size == 48 and mini.config.decoder.codes == bundled.config.decoder.codes == 1024
+    ours, theirs = mini.vqgan.state_dict(), bundled.vqgan.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_copies_are_of_the_samples_to_learn_from_and_not_of_those_to_validate_on():
