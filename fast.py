@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import os
 import sys
+import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,18 @@ def has_int8_products():
 def has_bf16_products():
     """Whether this CPU multiplies bf16 numbers, nearly three times as fast as fp32; others do it by detours."""
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def slowdown(dtype):
+    """How many times longer than in fp32 a small product takes this CPU in another type: below one, or hundreds."""
+    def seconds(dtype):
+        x, times = torch.ones(192, 192, dtype=dtype), []
+        for _ in range(4):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        return min(times)
+    return seconds(dtype) / seconds(torch.float32)
 
 
 class Int8Linear(nn.Module):

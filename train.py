@@ -675,6 +675,8 @@ def fit(args, stage, make_objective=TokenObjective, make_data=task_data, optimiz
     if args.bf16 is None:
         args.bf16 = ranks.device.type == "cuda"
     log = tqdm.write if ranks.rank == 0 else lambda line: None
+    if args.bf16:
+        weights.warn_of_detours(ranks.device, torch.bfloat16, log)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)            # NaN gradients under some masks (pytorch issue 196678)

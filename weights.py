@@ -723,6 +723,15 @@ def usual_dtype(device):
     return "bf16" if str(device).startswith("cuda") else "fp32"
 
 
+def warn_of_detours(device, dtype, log=print):
+    """Says so where a CPU multiplies numbers of a type by detours, as those without bf16 instructions do."""
+    if torch.device(device).type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        times = fast.slowdown(dtype)
+        if times > 3:
+            log(f"products in {str(dtype)[6:]} take this CPU {times:.0f} times as long as in fp32, which is the better "
+                "choice here; a large model draws fastest by --dtype int8")
+
+
 def random_model(config, tokenizer, seed=0, t5_decoder=False):
     """Seeded weights, ready to be trained."""
     tokenizer.add_special_tokens([IMAGE])
@@ -832,6 +841,7 @@ def load(weights, device="cpu", dtype=torch.float32, config=None, image_size=Non
     """
     weights = str(weights)
     cli.pick_device(str(device))
+    warn_of_detours(device, dtype, log)
     if lora or os.path.isfile(os.path.join(weights, ADAPTER)):
         model = load_adapted(lora or weights, weights if lora else None, merged, config=config, t5_decoder=t5_decoder,
                              log=log, **overrides)

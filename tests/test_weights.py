@@ -261,6 +261,15 @@ def test_a_device_that_is_not_there_is_one_sentence_from_python_too(device):
         weights.load("random", device=device)
 
 
+@pytest.mark.parametrize("dtype, times, told", [
+    (torch.bfloat16, 40, True), (torch.float16, 40, True), (torch.bfloat16, 0.4, False), (torch.float32, 40, False)])
+def test_who_asks_a_cpu_for_products_that_it_makes_by_detours_is_told_so(monkeypatch, dtype, times, told):
+    monkeypatch.setattr(weights.fast, "slowdown", lambda dtype: times)
+    said = []
+    weights.load("random", "cpu", dtype, log=said.append)
+    assert [line for line in said if "take this CPU 40 times as long" in line] == said[:1] and bool(said) == told
+
+
 @pytest.mark.parametrize("seeds", [[], [-1], [2**63], [0, -1], range(0)])
 def test_seeds_that_cannot_be_drawn_with_are_refused_from_python_too(seeds):
     model = random_model()
