@@ -18,7 +18,7 @@ from world import evaluate, rows, scenes
 from world.judge import accuracy_on_true_images, load_judge
 from world.rows import World
 from world.rules import RULES
-from world.train import SMALL, STAGES
+from world.train import MINI, SMALL, STAGES
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -34,11 +34,11 @@ def small(tmp_path_factory):
 def test_the_bundled_model_copies_subjects_it_has_never_seen_and_does_so_from_the_reference():
     mentor = weights.load("tiny")
     args = SimpleNamespace(seed=5, samples=16, batch=16, show=0)
-    segmented = evaluate.score_test(mentor, None, evaluate.TESTS["segment"], args)[0]
-    copied = evaluate.score_test(mentor, None, evaluate.TESTS["reconstruct"], args)[0]
+    segmented = evaluate.score_test(mentor, None, "segment", args)[0]
+    copied = evaluate.score_test(mentor, None, "reconstruct", args)[0]
     sample = mentor.sample
     mentor.sample = lambda batch, seeds: sample(batch | {"refs": batch["refs"].roll(1, 0)}, seeds)
-    wrong = evaluate.score_test(mentor, None, evaluate.TESTS["segment"], args)[0]
+    wrong = evaluate.score_test(mentor, None, "segment", args)[0]
     assert segmented["iou"].mean() > 0.8 and wrong["iou"].mean() < 0.4
     assert copied["psnr"].mean() > 22.5
 
@@ -85,10 +85,19 @@ def test_several_subjects_are_scored_with_as_many_references(tmp_path, small, ju
     assert evaluate.tests_that_fit(mentor) == list(evaluate.TESTS)
     monkeypatch.setattr(mentor, "sample", lambda batch, seeds: asked.append(batch) or batch["target"])
     for number, name in enumerate(("two subjects", "three subjects", "four subjects"), start=2):
-        scores, _ = evaluate.score_test(mentor, load_judge(judge), evaluate.TESTS[name],
-                                        SimpleNamespace(seed=5, samples=4, batch=3, show=0))
+        scores, _ = evaluate.score_test(mentor, load_judge(judge), name, SimpleNamespace(
+            seed=5, samples=4, batch=3, show=0))
         assert {"all", "share", "twice", "missing", "all_ceiling"} <= set(scores) and scores["all"].shape == (4,)
     assert [len(batch["refs"]) / len(batch["ids"]) for batch in asked] == [2, 2, 3, 3, 4, 4]
+
+
+def test_smaller_images_are_judged_at_the_worlds_size(judge, monkeypatch):
+    mentor = weights.random_model(MINI, rows.small_tokenizer())
+    args = SimpleNamespace(seed=5, samples=4, batch=3, show=0)
+    monkeypatch.setattr(mentor, "sample", lambda batch, seeds: batch["target"])
+    assert evaluate.score_test(mentor, None, "segment", args)[0]["iou"].min() > 0.8
+    scores, _ = evaluate.score_test(mentor, load_judge(judge), "subject", args)
+    assert scores["cp"].shape == scores["cp_ceiling"].shape == (4,)
 
 
 def reader(seed):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import cli
@@ -93,12 +94,19 @@ def run_judge(args):
 
 
 def load_small(name, dtype="fp32"):
-    """A model that samples images of the emoji world's size."""
+    """A model that samples images of the emoji world's size or less."""
     mentor = weights.load(name, dtype=weights.DTYPES[dtype])
-    if mentor.config.image_size != scenes.SIZE:
-        raise InputError(f"{name}: makes images of {mentor.config.image_size} pixels a side, not the emoji world's "
-                         f"{scenes.SIZE}; give a model trained by `python -m world.train`")
+    if mentor.config.image_size > scenes.SIZE:
+        raise InputError(f"{name}: makes images of {mentor.config.image_size} pixels a side, more than the emoji "
+                         f"world's {scenes.SIZE}; give a model trained by `python -m world.train`")
     return mentor
+
+
+def enlarge(images):
+    """Images as large as the judge looks at. (B, 3, H, W) -> (B, 3, 64, 64)"""
+    if images.size(-1) == scenes.SIZE:
+        return images
+    return F.interpolate(images, (scenes.SIZE, scenes.SIZE), mode="bicubic")
 
 
 def batch_scores(judge, task, images, targets, metas):
@@ -114,20 +122,22 @@ def batch_scores(judge, task, images, targets, metas):
 
 
 @torch.inference_mode()
-def score_test(mentor, judge, test, args):
-    """-> {score: (args.samples,)}, and the first args.show samples, each with the image made for it"""
+def score_test(mentor, judge, name, args):
+    """One of TESTS. -> {score: (args.samples,)}, and the first args.show samples, each with the image made for it"""
+    test = TESTS[name]
     dataset = rows.EmojiData(mentor.processor, mentor.config.image_size, {test.task: 1}, args.seed,
                              held_out=test.held_out, extras=False, several=(test.several,), moves=test.moves,
                              called=test.called)
     parts, shown = [], []
-    for start in cli.bar(range(0, args.samples, args.batch), desc=test.task, leave=False):
+    for start in cli.bar(range(0, args.samples, args.batch), desc=name, leave=False):
         stop = min(start + args.batch, args.samples)
         samples = [dataset[i] for i in range(start, stop)]
         batch = data.collate(samples)
-        images = mentor.sample(batch, range(args.seed + start, args.seed + stop))         # (B, 3, 64, 64)
-        copies = mentor.vqgan.decode(mentor.vqgan.encode(batch["target"]))                # (B, 3, 64, 64)
-        scores = batch_scores(judge, test.task, images, batch["target"], batch["meta"])
-        ceiling = batch_scores(judge, test.task, copies, batch["target"], batch["meta"])
+        images = mentor.sample(batch, range(args.seed + start, args.seed + stop))         # (B, 3, H, W)
+        copies = mentor.vqgan.decode(mentor.vqgan.encode(batch["target"]))                # (B, 3, H, W)
+        images, copies, targets = map(enlarge, (images, copies, batch["target"]))         # (B, 3, 64, 64) each
+        scores = batch_scores(judge, test.task, images, targets, batch["meta"])
+        ceiling = batch_scores(judge, test.task, copies, targets, batch["meta"])
         parts.append(scores | {f"{name}_ceiling": value for name, value in ceiling.items()})
         shown += zip(samples, images)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shown[:args.show]
@@ -138,7 +148,7 @@ def score_world(mentor, judge, args):
     results, tiles = {}, []
     places = 2 + max(TESTS[name].several for name in args.tests)
     for name in args.tests:
-        scores, shown = score_test(mentor, judge, TESTS[name], args)
+        scores, shown = score_test(mentor, judge, name, args)
         results[name] = {score: values.mean().item() for score, values in scores.items()}
         tiles += [data.tile(sample, places, image) for sample, image in shown]
     for scores in results.values():
