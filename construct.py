@@ -523,6 +523,7 @@ def cut_out(picture, image, place, out, store, segmenter):
     name = f"masks/{stem}-{hashlib.blake2b(json.dumps(question).encode(), digest_size=6).hexdigest()}.png"
 
     def make():
+        """Asks the segmenter; the mask becomes a file. -> what the store keeps"""
         try:
             mask = checked_mask(segmenter(image, box, points), box)
         except Rejected as error:

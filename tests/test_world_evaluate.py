@@ -151,6 +151,20 @@ def test_the_variants_of_the_architectures_differ_in_their_own_flags_alone(monke
                for command in commands)
 
 
+def test_the_rows_of_copying_differ_in_its_share_and_in_recovery_alone(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(evaluate.subprocess, "Popen", lambda command, **options: commands.append(command)
+                        or SimpleNamespace(wait=lambda: 0))
+    args = SimpleNamespace(init="tiny", out=str(tmp_path), seeds=1, steps=7, global_batch=4, bf16=False)
+    for name, variant in evaluate.COPYING.variants.items():
+        evaluate.train_variant(args, name, variant)
+    own = [set(command) - set.intersection(*map(set, commands)) for command in commands]
+    folder = f"{tmp_path}/seed0_2-1e-3"
+    assert own == [{"0.0", f"{folder}-0.0"}, {"0.0", f"{folder}-0.0-recover", "--without", "recover"},
+                   {"0.9", f"{folder}-0.9"}, {"0.9", f"{folder}-0.9-recover", "--without", "recover"}]
+    assert all(command[command.index("--copies") + 1] in own[k] for k, command in enumerate(commands))
+
+
 def test_the_grid_is_a_sheet_of_subjects_and_scenes(tmp_path, small):
     evaluate.main(["grid", "--weights", small, "--rows", "2", "--scenes", "snow", "red", "--out",
                    str(tmp_path / "grid.webp")])

@@ -90,3 +90,16 @@ ARCHITECTURES = Table({            # each with a connector that starts from rand
     "MLP, several images": Variant((Run("multi", ("--lr", "2e-3", "--connector", "released")),)),
     "MLP, prefix without rotation": Variant((Run("2", ("--connector", "released", *IDENTITY)),)),
 }, ("CP", "PF", "CP*PF", "L2"))
+
+
+def further(copies, *flags):
+    """More of stage 2 from trained weights, with pairs of which a share is worth copying."""
+    return Variant((Run("2", ("--lr", "1e-3", "--copies", str(copies), *flags)),), copies=copies)
+
+
+COPYING = Table({                  # what recovery is for, with a model that reads its references well
+    "full, copies 0": further(0.0),
+    "without recovery, copies 0": further(0.0, *NO_RECOVERY),
+    "full, copies 0.9": further(0.9),
+    "without recovery, copies 0.9": further(0.9, *NO_RECOVERY),
+}, ("CP", "PF", "CP*PF", "CP/PF", "hue"))

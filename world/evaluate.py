@@ -6,6 +6,7 @@
     python -m world.evaluate grid          # a sheet of held-out subjects in several scenes
     python -m world.evaluate ablation      # trains and scores the paper's Table 4 in miniature
     python -m world.evaluate architectures # and its comparison of connectors and of training with several images
+    python -m world.evaluate copying       # does prompt following need the recovery task where copying pays?
 
 A subject-driven image preserves the concept (CP) where the judge names both its subject and its hue, and follows the
 prompt (PF) where the judge names its scene. Of several subjects "all" must stand there, each in its own hue and none
@@ -30,7 +31,7 @@ import weights
 from cli import InputError
 from scorers import color_distance
 from world import rows, scenes, sprites
-from world.ablation import ABLATION, ARCHITECTURES, COLUMNS
+from world.ablation import ABLATION, ARCHITECTURES, COLUMNS, COPYING
 from world.judge import accuracy, accuracy_on_true_images, crowd_accuracy, iou, load_judge, psnr, train_judge
 from world.rules import EXAMPLES, RULES
 
@@ -402,6 +403,11 @@ def run_architectures(args):
     run_table("architectures", ARCHITECTURES, args)
 
 
+def run_copying(args):
+    """Trains a small model further with and without recovery, where copying the reference pays and where not."""
+    run_table("copying", COPYING, args)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -477,6 +483,10 @@ def parse(argv):
     flag = add_command(commands, "architectures", run_architectures)
     flag("--init", default="tiny", help="weights all variants start from (default tiny)")
     add_table_flags(flag, "architectures", ARCHITECTURES, 400)
+
+    flag = add_command(commands, "copying", run_copying)
+    flag("--init", default="tiny", help="weights all variants start from (default tiny)")
+    add_table_flags(flag, "copying", COPYING, 200)
     return parser.parse_args(argv)
 
 
