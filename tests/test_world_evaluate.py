@@ -3,6 +3,7 @@ import colorsys
 import json
 import os
 import pathlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,9 +174,11 @@ def test_the_grid_is_a_sheet_of_subjects_and_scenes(tmp_path, small):
 
 def test_bad_input_is_one_clear_sentence(tmp_path, small, judge):
     (tmp_path / "budget.json").write_text("{")
+    large = str(tmp_path / "large")
+    weights.save(weights.random_model(replace(SMALL, image_size=96), rows.small_tokenizer()), large)
     for command, message in (
             (["world", "--judge", str(tmp_path / "absent.safetensors")], "no judge yet"),
-            (["world", "--weights", "random", "--judge", judge], "not the emoji world's 64"),
+            (["world", "--weights", large, "--judge", judge], "96 pixels a side, more than the emoji world's 64"),
             (["world", "--samples", "0"], "must be a whole number above 0, not 0"),
             (["grid", "--out", str(tmp_path / "grid.txt")], "end the name in .png"),
             (["grid", "--weights", small, "--rows", "200", "--out", str(tmp_path / "g.png")], "178 held-out subjects"),
