@@ -134,14 +134,19 @@ def test_a_model_that_copies_the_query_has_drawn_no_rule_and_one_that_is_told_it
         assert scores["accuracy"] == scores["shuffled"] == score
 
 
-def test_the_variants_of_the_architectures_differ_in_their_own_flags_alone(monkeypatch, tmp_path):
+def trainings(monkeypatch, tmp_path, table):
+    """The commands that train a table's variants, and of each the words that not all of them have."""
     commands = []
     monkeypatch.setattr(evaluate.subprocess, "Popen", lambda command, **options: commands.append(command)
                         or SimpleNamespace(wait=lambda: 0))
     args = SimpleNamespace(init="tiny", out=str(tmp_path), seeds=1, steps=7, global_batch=4, bf16=True)
-    for name, variant in evaluate.ARCHITECTURES.variants.items():
+    for name, variant in table.variants.items():
         evaluate.train_variant(args, name, variant)
-    own = [set(command) - set.intersection(*map(set, commands)) for command in commands]
+    return commands, [set(command) - set.intersection(*map(set, commands)) for command in commands]
+
+
+def test_the_variants_of_the_architectures_differ_in_their_own_flags_alone(monkeypatch, tmp_path):
+    commands, own = trainings(monkeypatch, tmp_path, evaluate.ARCHITECTURES)
     folder = str(tmp_path / "seed0_")
     without = {"--prefix-rope", "identity"}
     assert own == [{"2", "released", f"{folder}2-released"}, {"2", "query", f"{folder}2-query-identity", *without},
@@ -153,13 +158,7 @@ def test_the_variants_of_the_architectures_differ_in_their_own_flags_alone(monke
 
 
 def test_the_rows_of_copying_differ_in_its_share_and_in_recovery_alone(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(evaluate.subprocess, "Popen", lambda command, **options: commands.append(command)
-                        or SimpleNamespace(wait=lambda: 0))
-    args = SimpleNamespace(init="tiny", out=str(tmp_path), seeds=1, steps=7, global_batch=4, bf16=False)
-    for name, variant in evaluate.COPYING.variants.items():
-        evaluate.train_variant(args, name, variant)
-    own = [set(command) - set.intersection(*map(set, commands)) for command in commands]
+    commands, own = trainings(monkeypatch, tmp_path, evaluate.COPYING)
     folder = f"{tmp_path}/seed0_2-1e-3"
     assert own == [{"0.0", f"{folder}-0.0"}, {"0.0", f"{folder}-0.0-recover", "--without", "recover"},
                    {"0.9", f"{folder}-0.9"}, {"0.9", f"{folder}-0.9-recover", "--without", "recover"}]

@@ -6,7 +6,7 @@ gives. PSNR and IoU are here too.
 
     python -m world.evaluate judge        # trains it, once: out/judge.safetensors
 
-Next: `ablation.py`, the rows of two tables, then `evaluate.py`, which samples the images and prints the tables.
+Next: `ablation.py`, the rows of three tables, then `evaluate.py`, which samples the images and prints the tables.
 """
 import functools
 import math
