@@ -301,6 +301,15 @@ def test_a_model_of_another_size_is_begun_anew_around_the_tokenizer_of_the_bundl
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_model_that_is_begun_anew_has_the_size_prefix_and_connector_that_its_stage_and_flags_ask_for(tmp_path):
+    flags = ["--stage", "multi", "--model", "mini", "--size", "32", "--connector", "query", "--prefix-rope", "identity"]
+    for init in ("tiny", "random"):
+        args, stage = world_train.parse([*flags, "--init", init, "--out", str(tmp_path)])
+        config = world_train.load_start(args, stage, print).config
+        assert (config.image_size, config.prefix_tokens, config.connector) == (32, 360, "query")
+        assert config.decoder.prefix_rope == "identity" and config.decoder.width == 128
+
+
 def test_copies_are_of_the_samples_to_learn_from_and_not_of_those_to_validate_on():
     args, stage = world_train.parse(["--stage", "2", "--copies", "0.5"])
     learned, val, _ = world_train.make_data(args, stage, weights.load("tiny"), print)

@@ -313,17 +313,18 @@ def begin_anew(mentor, config, seed, t5_decoder=False):
 def load_start(args, stage, log):
     """The weights that a stage starts from, all or, for --model and in stage parts, their tokenizer. -> Mentor"""
     parts = args.stage == "parts"              # which begins T5's decoder half, so nothing before it holds one
+    config = weights.override(MODELS[args.model or "small"], stage.prefix_rope, stage.prefix_tokens)
+    if args.connector:
+        config = weights.with_connector(config, args.connector)
     if stage.init == "random":
-        config = weights.override(MODELS[args.model or "small"], stage.prefix_rope, stage.prefix_tokens)
-        if args.connector:
-            config = weights.with_connector(config, args.connector)
-        mentor = weights.resize(weights.random_model(config, small_tokenizer(), args.seed), args.size)
+        mentor = weights.random_model(config, small_tokenizer(), args.seed, t5_decoder=parts)
     else:
         mentor = train.load_start(args, replace(stage, t5_decoder=stage.t5_decoder and not parts), log,
                                   command="-m world.train")
         mentor = grow(mentor) if args.grow else mentor
-    if parts or args.model:
-        mentor = begin_anew(mentor, MODELS.get(args.model, mentor.config), args.seed, t5_decoder=parts)
+        if parts or args.model:
+            mentor = begin_anew(mentor, config if args.model else mentor.config, args.seed, t5_decoder=parts)
+    mentor = weights.resize(mentor, args.size)
     return weights.new_connector(mentor, mentor.config.connector) if parts else mentor
 
 
