@@ -82,6 +82,7 @@ def main(argv=None):
         raise cli.InputError("this page needs Gradio; pip install gradio") from None
     about = {"weights": args.weights, "lora": args.lora, "dtype": weights.usual_dtype(args.device)}
     mentor = weights.load(args.weights, args.device, weights.DTYPES[about["dtype"]], lora=args.lora)
+    weights.compile_decoder(mentor, 1)
     try:
         page(gr, mentor, about).launch(server_port=args.port)
     except OSError as error:

@@ -251,13 +251,15 @@ class Results:
         return found
 
 
-def load_model(args, ranks):
-    """-> model whose sampling settings are its own but for the flags given, and all that decides what it draws."""
+def load_model(args, ranks, count):
+    """count: of the images that it is to draw -> model whose sampling settings are its own but for the flags given, and
+    all that decides what it draws."""
     dtype = args.dtype or weights.usual_dtype(ranks.device)
     mentor = weights.load(args.weights, device=ranks.device, dtype=weights.DTYPES[dtype])
     sampling = replace(mentor.config.sampling, **cli.given_sampling(args))
     sampling.check(mentor.config.decoder.codes)
     mentor.config = replace(mentor.config, sampling=sampling)
+    weights.compile_decoder(mentor, count)
     settings = {name: value for name, value in vars(args).items() if name in SAMPLING}
     if args.dtype:
         settings["dtype"] = dtype
@@ -323,7 +325,7 @@ def run_benchmark(args, ranks, examples, vision_judge=None):
     """Samples and scores what --out does not hold yet, this process its share. -> settings, rows of all, in order"""
     cli.probe(os.path.join(args.out, "results.jsonl"))
     scorer = Scorer(args.clip, args.dino, ranks.device)
-    mentor, settings = load_model(args, ranks)
+    mentor, settings = load_model(args, ranks, len(examples))
     settings |= {name: value for name, value in vars(args).items() if name in SCORING}
     results, cache = Results(args.out, settings, ranks), {}
     remaining = [example for example in examples if example.key not in results.done]
@@ -371,7 +373,7 @@ def write_official(args, ranks, examples):
     """Samples what --out does not hold yet, this process its share, and writes it with reference and prompt."""
     settings_path = os.path.join(args.out, "settings.json")
     cli.probe(settings_path)
-    mentor, settings = load_model(args, ranks)
+    mentor, settings = load_model(args, ranks, len(examples))
     if ranks.rank == 0:
         begin_official(args.out, examples, settings)
     ranks.barrier()
@@ -536,7 +538,7 @@ def segment(args, ranks):
         raise InputError(f'{args.data}: has no row of an object, its mask and "do_mask": true; add some'
                          + "".join(f"; first problem: {problem}" for problem in jsonl.problems[:1]))
     cli.probe(out)
-    mentor, settings = load_model(args, ranks)
+    mentor, settings = load_model(args, ranks, len(numbers))
     rows, problems = {}, cli.Problems(tqdm.write)
     for chunk in chunks(args, ranks, len(numbers)):
         samples = {}
@@ -577,7 +579,7 @@ def reconstruct(args, ranks):
         raise InputError(f"{args.data}: no folder with pictures; name one")
     out = os.path.join(args.out, "reconstruct.json")
     cli.probe(out)
-    mentor, settings = load_model(args, ranks)
+    mentor, settings = load_model(args, ranks, len(paths))
     rows = {}
     for chunk in chunks(args, ranks, len(paths)):
         references = [data.open_image(paths[i]) for i in chunk]
@@ -635,6 +637,8 @@ def rounding(args, ranks):
     config = exact.config
     dataset = data.TaskData([args.data], exact.processor, config.image_size, seed=args.seed, unusable=1)
     count, losses, same = min(args.n, len(dataset)), [], []
+    for mentor in (exact, other):
+        weights.compile_decoder(mentor, count)
     greedy = replace(config.sampling, temperature=0)
     for start in cli.bar(range(0, count, args.batch), unit="batch"):
         batch = ranks.move(data.collate([dataset[k] for k in range(start, min(start + args.batch, count))]))

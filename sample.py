@@ -222,13 +222,9 @@ def main(argv=None):
         print(ABOUT_TINY)
     if args.weights.startswith("random"):
         print("weights: random, so the image will be noise; for real images use --weights tiny, mentor or a folder")
-    large = mentor.config.decoder.width >= 768
-    if not large and "OMP_NUM_THREADS" not in os.environ:
+    if not weights.is_large(mentor.config) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)               # a small model gains nothing from two, which wait for each other
-    if args.compile is None:                   # on a GPU: a minute, to save 2 s an image
-        args.compile = large and (device.type == "cpu" or sum(request.n for request in requests) >= 32)
-    if args.compile:
-        weights.compile_blocks(mentor.decoder)
+    weights.compile_decoder(mentor, sum(request.n for request in requests), args.compile)
 
     # the images
     print(f"prompt: {args.prompts or requests[0].prompt!r}\ndevice: {device}, {dtype}")

@@ -714,13 +714,26 @@ def load_public_files(weights, paths, config, overrides, t5_decoder, log):
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole models
 
-compile_blocks = fast.compile_blocks           # for sample.py, which knows what is to be drawn
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def usual_dtype(device):
     """What a network computes in for drawing where nothing else is asked for. -> a name of DTYPES"""
     return "bf16" if str(device).startswith("cuda") else "fp32"
+
+
+def is_large(config):
+    """Whether products, rather than the calls around them, take a decoder's time."""
+    return config.decoder.width >= 768
+
+
+def compile_decoder(mentor, images, wanted=None):
+    """Compiles the decoder's blocks. wanted: True or False; default: where it saves more than it takes, so for a large
+    model on a CPU always, on a GPU, where it is a minute to save 2 s an image, for 32 images and more."""
+    if wanted is None:
+        wanted = is_large(mentor.config) and (mentor.device.type == "cpu" or images >= 32)
+    if wanted:
+        fast.compile_blocks(mentor.decoder)
 
 
 def warn_of_detours(device, dtype, log=print):

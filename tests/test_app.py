@@ -74,7 +74,7 @@ def test_drawing_tells_of_finished_rows_and_ends_when_it_is_to_stop(tmp_path, mo
     greys = [(np.asarray(images[1]) == 128).all(axis=(1, 2)) for images, _ in told]           # rows of the second one
     heights = [int(grey.sum()) for grey in greys]
     assert len(told) > 3 and heights == sorted(set(heights), reverse=True)
-    assert not any((height + 6) % 16 for height in heights)    # whole rows of tokens, of which enlarging blurs six pixels
+    assert not any((height + 6) % 16 for height in heights)    # whole rows of tokens; enlarging blurs six pixels
     assert all(grey[256 - height:].all() for grey, height in zip(greys, heights))
     with pytest.raises(InputError, match="stopped"):
         app.draw(mentor, {"weights": "tiny"}, fields, lambda news: stop.set(), stop)

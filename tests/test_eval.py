@@ -339,6 +339,16 @@ def test_sampling_flags_decide_what_is_drawn_and_stand_in_the_results(tmp_path, 
         evaluation.main([*flags, "--top-k", "16384", "--out", str(tmp_path)])
 
 
+def test_a_large_model_is_compiled_before_it_draws(tmp_path, small, monkeypatch):
+    write_image(tmp_path / "images" / "a.png", "red")
+    compiled = []
+    monkeypatch.setattr(weights, "is_large", lambda config: True)
+    monkeypatch.setattr(weights.fast, "compile_blocks", compiled.append)
+    evaluation.main(["reconstruct", "--weights", small, "--data", str(tmp_path / "images"), "--device", "cpu", "--out",
+                     str(tmp_path)])
+    assert len(compiled) == 1 and isinstance(compiled[0], model.Decoder)
+
+
 def test_reconstruction_and_cmmd_print_their_numbers(tmp_path, networks, small, capsys):
     for i, colour in enumerate(["red", "green", "blue"]):
         write_image(tmp_path / "a" / f"{i}.png", colour)
@@ -440,8 +450,8 @@ def test_two_processes_make_what_one_does(tmp_path, small, command):
 def test_rounding_to_fp32_changes_nothing_and_to_int8_a_little(toy, capsys):
     said = {}
     for dtype in ("fp32", "int8"):
-        evaluation.main(["rounding", "--weights", toy[0], "--data", toy[1], "--n", "6", "--batch", "4", "--dtype", dtype,
-                         "--device", "cpu"])
+        evaluation.main(["rounding", "--weights", toy[0], "--data", toy[1], "--n", "6", "--batch", "4",
+                         "--dtype", dtype, "--device", "cpu"])
         said[dtype] = [float(number) for number in re.findall(r"\d+\.\d+|\d+(?=%)", capsys.readouterr().out)]
     before, after, same, to_the_end = said["fp32"]
     assert before == after and same == to_the_end == 100

@@ -13,6 +13,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -905,3 +906,14 @@ def test_reading_maps_the_file_instead_of_copying_it(tmp_path):
     tensor = weights.read_tensors(tmp_path / "a.safetensors")["a"]
     tensor[0] = 9                                              # private to this process
     assert load_file(tmp_path / "a.safetensors")["a"][0] == 0
+
+
+@pytest.mark.parametrize("device, size, images, wanted, compiled", [
+    ("cpu", "XL", 1, None, True), ("cpu", "toy", 100, None, False), ("cuda", "XL", 31, None, False),
+    ("cuda", "XL", 32, None, True), ("cpu", "XL", 1, False, False), ("cpu", "toy", 1, True, True)])
+def test_a_decoder_is_compiled_where_that_pays_or_is_asked_for(monkeypatch, device, size, images, wanted, compiled):
+    done = []
+    monkeypatch.setattr(weights.fast, "compile_blocks", done.append)
+    mentor = SimpleNamespace(config=SIZES[size], device=torch.device(device), decoder="the decoder")
+    weights.compile_decoder(mentor, images, wanted)
+    assert done == ["the decoder"] * compiled
