@@ -42,5 +42,5 @@ def test_a_matrix_without_a_gradient_and_one_of_zeros_stay():
     still, zero = matrices()[:2]
     zero.grad = torch.zeros_like(zero)
     before = still.clone(), zero.clone()
-    Muon([still, zero], lr=0.1, weight_decay=0.0).step()
+    Muon([still, zero], lr=0.1, weight_decay=0.0, momentum=0.9).step()
     assert torch.equal(still, before[0]) and torch.equal(zero, before[1])

@@ -24,28 +24,26 @@ def orthogonalize(matrix):
     return x.T if tall else x
 
 
-class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with steps as long as AdamW's (arXiv 2502.16982), so that both share one learning rate.
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov's momentum and steps as long as AdamW's (arXiv 2502.16982), so that both share a learning rate.
 
     Every rank has the same gradients; it orthogonalizes its part of the matrices and receives the others from their
     ranks, so all take exactly the step that one process alone takes. Of a matrix that is itself spread over the ranks
     (--fsdp) all ranks compute every product together.
     """
 
+    def __init__(self, matrices, lr, weight_decay, momentum):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
     @torch.no_grad()
     def step(self, closure=None):
-        """One step. closure: computes the loss again. -> its loss, if one was given"""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """One step. closure: always None, by which PyTorch's loading of states calls it"""
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             for matrix, update in zip(matrices, self.updates(matrices, group["momentum"])):
                 rms = 0.2 * max(matrix.shape) ** 0.5                   # AdamW's, of an orthogonal matrix
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * rms)
-        return loss
 
     def updates(self, matrices, momentum):
         """The orthogonalized momentum of all matrices. -> list of tensors in their shapes"""
