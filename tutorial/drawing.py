@@ -55,12 +55,6 @@ class Sheet:
         places = [(x + width * (px - x0) / (x1 - x0), y + height * (y1 - py) / (y1 - y0)) for px, py in points]
         self.pen.line(places, fill=colour, width=2)
 
-    def bar(self, x, y, width, share, colour):
-        """A horizontal bar of a share of the width, its value behind it."""
-        self.box(x, y, width, 12, outline=FAINT)
-        self.box(x, y, max(1, round(width * share)), 12, colour)
-        self.text(x + width + 6, y + 6, f"{share:.2f}", size=12, anchor="lm")
-
 
 def encoded(image):
     """A picture as the bytes of a WebP file: without loss, or, where that is too large, with little. -> bytes"""

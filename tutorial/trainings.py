@@ -3,7 +3,6 @@
 Next: `figures.py`, which has the others and the command line.
 """
 import os
-import re
 
 import numpy as np
 import torch
@@ -43,15 +42,7 @@ def draw_tasks(mentor):
     return sheet.image
 
 
-def table_of(path, heading):
-    """The first Markdown table under a heading, without its head. -> list of rows, each a list of cells"""
-    with open(path, encoding="utf-8") as file:
-        section = file.read().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    lines = re.search(r"(^\|.*\|\n)+", section, flags=re.MULTILINE)[0].splitlines()
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
-
-
-ABLATION = os.path.join(HERE, "ablation.json")             # as `python -m world.evaluate ablation` writes it
+ABLATION = os.path.join(HERE, "ablation.json")             # as `python -m world.evaluate ablation` wrote it
 CONDITIONS = {                                             # pretrain, copies: colour, name
     ("captioned", 0.5): (BLUE, "copying pays in half of the pairs"),
     ("captioned", 0.0): (GREEN, "never"),
@@ -61,21 +52,14 @@ CONDITIONS = {                                             # pretrain, copies: c
 
 
 def draw_ablation(mentor):
-    """CP and PF of the ablation and of the paper's Table 4: a point a variant, of ABLATION if it is there; else bars of
-    the table in lab.md."""
-    if os.path.exists(ABLATION):
-        return draw_points(cli.read_json(ABLATION, "an ablation")["rows"])
-    return draw_bars()
-
-
-def draw_points(rows):
-    """PF over CP, mean of the seeds and their range: the small model's, each condition in its colour, and the paper's.
-    rows: of ABLATION"""
+    """PF over CP, a point for each variant in ABLATION, mean of its seeds and their range: the small model's, each
+    condition in its colour, and those of the paper's Table 4."""
     variants, small, paper = {}, {}, {}
-    for row in rows:
+    for row in cli.read_json(ABLATION, "an ablation")["rows"]:
         variants.setdefault(row["variant"], []).append(row)
-    for number, found in enumerate(variants.values(), start=1):
-        colour, _ = CONDITIONS[found[0]["pretrain"], found[0]["copies"]]
+    conditions = {name: (found[0]["pretrain"], found[0]["copies"]) for name, found in variants.items()}
+    for number, (name, found) in enumerate(variants.items(), start=1):
+        colour, _ = CONDITIONS[conditions[name]]
         small[number] = colour, np.array([[row["subject"]["cp"], row["subject"]["pf"]] for row in found])
         if found[0]["paper"] and None not in found[0]["paper"][:2]:
             paper[number] = INK, np.array([found[0]["paper"][:2]])
@@ -86,7 +70,7 @@ def draw_points(rows):
         if points:
             scatter(sheet, points, (x, 28, 340, 340))
     x = 4
-    for colour, name in CONDITIONS.values():
+    for colour, name in (CONDITIONS[kind] for kind in CONDITIONS if kind in conditions.values()):
         sheet.pen.ellipse((x, 396, x + 8, 404), fill=colour)
         sheet.text(x + 14, 400, name, colour, 13, "lm")
         x += 30 + 7 * len(name)
@@ -124,26 +108,6 @@ def scatter(sheet, points, frame):
         free = [side for side in sides if all(np.hypot(*np.subtract(side, other)) > 12 for other in taken)]
         taken.append((free or sides)[0])
         sheet.text(*taken[-1], str(number), colour, 13, "mm")
-
-
-def draw_bars():
-    """CP and PF of the table in lab.md, and the paper's where it has the row."""
-    rows = table_of(os.path.join(HERE, "lab.md"), "The ablation")
-    sheet = Sheet(44 * len(rows) + 30)
-    for x, caption in ((255, "the small model"), (545, "the paper")):
-        sheet.text(x, 2, caption)
-    sheet.text(4, 2, "blue: CP", BLUE)
-    sheet.text(90, 2, "orange: PF", ORANGE)
-    for i, (name, cp, pf, *_, published) in enumerate(rows):
-        y = 32 + 44 * i
-        sheet.text(4, y + 6, name, size=13)
-        pairs = [(255, (cp.split()[0], pf.split()[0]))]
-        if published != "-":
-            pairs.append((545, published.split(" / ")[:2]))
-        for x, values in pairs:
-            for k, (value, colour) in enumerate(zip(values, (BLUE, ORANGE))):
-                sheet.bar(x, y + 15 * k, 200, float(value), colour)
-    return sheet.image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
