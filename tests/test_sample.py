@@ -58,6 +58,7 @@ def test_without_arguments_the_bundled_model_draws_an_example_and_says_what_else
         assert all((ROOT / word).exists() for word in words if word.startswith("assets/"))
 
 
+@pytest.mark.full
 def test_every_example_that_needs_no_download_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line.strip() for line in (sample.__doc__ + sample.MORE_EXAMPLES).splitlines()]

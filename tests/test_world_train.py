@@ -97,7 +97,8 @@ def test_accumulating_4_x_1_equals_1_x_4(toy, tmp_path):
     assert_same_weights(tmp_path / "1", tmp_path / "4", 5e-4)   # AdamW turns a last bit of a small gradient into a step
 
 
-@pytest.mark.parametrize("fsdp", ["--no-fsdp", pytest.param("--fsdp", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("fsdp", ["--no-fsdp", "--fsdp"])
 def test_two_processes_equal_one_on_the_same_global_batch(toy, tmp_path, fsdp):
     flags = command(toy, "out", "--micro-batch", 1, "--val", toy[1], "--sample-every", 2)
     finish(run([*flags, "--out", str(tmp_path / "two"), fsdp], processes=2, module="world.train"))
@@ -290,7 +291,7 @@ def test_after_parts_the_connector_learns_to_caption_and_then_stages_1_and_2_go_
     assert "encoder.t5.lm_head.weight" not in after and weights.load(second).config.untrained == ()
 
 
-@pytest.mark.parametrize("stage", ["parts", "pretrain"])
+@pytest.mark.parametrize("stage", [pytest.param("parts", marks=pytest.mark.full), "pretrain"])
 def test_a_model_of_another_size_is_begun_anew_around_the_tokenizer_of_the_bundled_one(tmp_path, stage):
     flags = ["--model", "mini", "--steps", 1, "--global-batch", 2, "--workers", 0, "--device", "cpu"]
     world_train.main([str(flag) for flag in ("--stage", stage, "--init", "tiny", *flags, "--out", tmp_path)])
