@@ -428,8 +428,9 @@ def test_training_a_connector_makes_references_welcome(toy, tmp_path):
 @pytest.mark.parametrize("processes, number, workers, whole_group", [
     (1, signal.SIGTERM, 2, True),
     *(pytest.param(*case, marks=pytest.mark.full) for case in (
-        (2, signal.SIGTERM, 0, False), (1, signal.SIGINT, 2, True), (1, signal.SIGUSR1, 2, True), (1, signal.SIGHUP, 0, False),
-        (1, signal.SIGTERM, 0, False), (2, signal.SIGTERM, 2, True), (2, signal.SIGINT, 2, True)))])
+        (2, signal.SIGTERM, 0, False), (1, signal.SIGINT, 2, True), (1, signal.SIGUSR1, 2, True),
+        (1, signal.SIGHUP, 0, False), (1, signal.SIGTERM, 0, False), (2, signal.SIGTERM, 2, True),
+        (2, signal.SIGINT, 2, True)))])
 def test_a_signal_saves_before_leaving_and_the_newest_checkpoints_are_kept(toy, tmp_path, processes, number, workers,
                                                                            whole_group):
     process = run([*command(toy, tmp_path, "--micro-batch", 1, "--save-every", 2, "--keep", 2, steps=4000, batch=8),
