@@ -27,10 +27,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A folder of a small model with random weights, of fewer layers."""
-    folder, parts = tmp_path_factory.mktemp("small") / "tiny", {}
-    for part, layers in (("vision", 2), ("t5", 1), ("decoder", 1)):
-        parts[part] = replace(getattr(SMALL, part), layers=layers)
-    weights.save(weights.random_model(replace(SMALL, **parts), rows.small_tokenizer()), str(folder))
+    folder = tmp_path_factory.mktemp("small") / "tiny"
+    config = replace(SMALL, vision=replace(SMALL.vision, layers=2), t5=replace(SMALL.t5, layers=1),
+                     decoder=replace(SMALL.decoder, layers=1))
+    weights.save(weights.random_model(config, rows.small_tokenizer()), str(folder))
     return str(folder)
 
 
