@@ -73,7 +73,8 @@ def test_impossible_runs_are_refused_in_one_sentence(toy, tmp_path, flags, said)
 
 
 def test_every_help_text_runs():
-    commands = [[f"{name}.py"] for name in ("train", "sample", "prepare", "construct", "weights", "eval", "bench", "app")]
+    commands = [[f"{name}.py"] for name in ("train", "sample", "prepare", "construct", "weights", "eval", "bench",
+                                            "app")]
     commands += [["-m", f"world.{name}"] for name in ("rows", "train", "evaluate")]
     started = [subprocess.Popen([sys.executable, *script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
                for script in commands]
