@@ -1,7 +1,7 @@
 """Muon in the weights' own type, its work shared out among the ranks: the optimizer of `train.py`'s hidden matrices.
 
-PyTorch's own rounds to bf16 before it multiplies. A CPU without bf16 instructions is a hundred times slower at that than
-at fp32: there a training step would spend nine tenths of its time here. Next: `judge.py`.
+PyTorch's own rounds to bf16 before it multiplies. A CPU without bf16 instructions is a hundred times slower at that
+than at fp32: there a training step would spend nine tenths of its time here. Next: `judge.py`.
 """
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ def orthogonalize(matrix):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov's momentum and steps as long as AdamW's (arXiv 2502.16982), so that both share a learning rate.
+    """Muon with Nesterov's momentum and steps as long as AdamW's (arXiv 2502.16982), so both share a learning rate.
 
     Every rank has the same gradients; it orthogonalizes its part of the matrices and receives the others from their
     ranks, so all take exactly the step that one process alone takes. Of a matrix that is itself spread over the ranks
