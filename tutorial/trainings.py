@@ -97,14 +97,22 @@ def scatter(sheet, points, frame):
             x, y = place((value, low[1]) if axis == 0 else (low[0], value))
             x, y, anchor = (x, y + 5, "ma") if axis == 0 else (x - 5, y, "rm")
             sheet.text(x, y, f"{value:.1f}", size=12, anchor=anchor)
-    taken = [place(values.mean(axis=0)) for _, values in points.values()]
-    for number, (colour, values) in points.items():
+    taken = []                                             # by bars, dots and numbers: no number is written there
+    for colour, values in points.values():
         mean, least, most = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
         x, y = place(mean)
-        sheet.pen.line((*place((least[0], mean[1])), *place((most[0], mean[1]))), fill=colour)
-        sheet.pen.line((*place((mean[0], least[1])), *place((mean[0], most[1]))), fill=colour)
+        for axis in (0, 1):
+            ends = np.tile(mean, (2, 1))
+            ends[:, axis] = least[axis], most[axis]
+            bar = np.array([place(end) for end in ends])                                  # (2, 2)
+            sheet.pen.line(bar.ravel().tolist(), fill=colour)
+            taken += [bar[0] + share * (bar[1] - bar[0]) for share in np.linspace(0, 1, 12)]
         sheet.pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-        sides = [(x + dx, y + dy) for dx, dy in ((13, 0), (-13, 0), (0, -13), (0, 13), (12, -12), (-12, 12))]
+    for number, (colour, values) in points.items():
+        x, y = place(values.mean(axis=0))
+        sides = [(x + dx, y + dy) for distance in (13, 20, 27)
+                 for dx, dy in distance * np.array([(1, 0), (-1, 0), (0, -1), (0, 1), (0.8, -0.8), (-0.8, 0.8),
+                                                    (0.8, 0.8), (-0.8, -0.8)])]
         free = [side for side in sides if all(np.hypot(*np.subtract(side, other)) > 12 for other in taken)]
         taken.append((free or sides)[0])
         sheet.text(*taken[-1], str(number), colour, 13, "mm")
