@@ -79,6 +79,10 @@ def draw_ablation(mentor):
     return sheet.image
 
 
+# from a point to its number, the first that is free
+DIRECTIONS = ((1, 0), (-1, 0), (0, -1), (0, 1), (0.8, -0.8), (-0.8, 0.8), (0.8, 0.8), (-0.8, -0.8))
+
+
 def scatter(sheet, points, frame):
     """Points in a frame, whose axes are as long as they need to be. points: {number: (colour, (n, 2) x and y of its
     trainings)}; frame: x, y, width, height"""
@@ -102,17 +106,15 @@ def scatter(sheet, points, frame):
         mean, least, most = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
         x, y = place(mean)
         for axis in (0, 1):
-            ends = np.tile(mean, (2, 1))
-            ends[:, axis] = least[axis], most[axis]
-            bar = np.array([place(end) for end in ends])                                  # (2, 2)
-            sheet.pen.line(bar.ravel().tolist(), fill=colour)
-            taken += [bar[0] + share * (bar[1] - bar[0]) for share in np.linspace(0, 1, 12)]
+            bar = np.tile(mean, (12, 1))
+            bar[:, axis] = np.linspace(least[axis], most[axis], len(bar))
+            bar = [place(point) for point in bar]
+            sheet.pen.line((*bar[0], *bar[-1]), fill=colour)
+            taken += bar
         sheet.pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
     for number, (colour, values) in points.items():
         x, y = place(values.mean(axis=0))
-        sides = [(x + dx, y + dy) for distance in (13, 20, 27)
-                 for dx, dy in distance * np.array([(1, 0), (-1, 0), (0, -1), (0, 1), (0.8, -0.8), (-0.8, 0.8),
-                                                    (0.8, 0.8), (-0.8, -0.8)])]
+        sides = [(x + distance * dx, y + distance * dy) for distance in (13, 20, 27) for dx, dy in DIRECTIONS]
         free = [side for side in sides if all(np.hypot(*np.subtract(side, other)) > 12 for other in taken)]
         taken.append((free or sides)[0])
         sheet.text(*taken[-1], str(number), colour, 13, "mm")
