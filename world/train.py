@@ -300,6 +300,23 @@ def grow(mentor):
     return larger
 
 
+def refine(mentor):
+    """A model that sees twice as finely: references of twice the pixels a side in patches of the old size, and room for
+    as many of them. A new patch's place is read off between the old ones. -> Mentor"""
+    config, tensors = mentor.config, mentor.state_dict()
+    side, patches = config.vision.grid, config.vision.grid**2
+    room = config.prefix_tokens + config.prefix_tokens // patches * 3 * patches           # an image is 4 P rows now
+    config = replace(config, vision=replace(config.vision, image_size=2 * config.vision.image_size), prefix_tokens=room)
+    places = tensors["encoder.clip.pos_embed"]                                            # (1 + P, C)
+    between = places[1:].T.unflatten(1, (side, side)).unsqueeze(0)                        # (1, C, side, side)
+    between = F.interpolate(between, 2 * side, mode="bilinear").flatten(2)[0].T           # (4 P, C)
+    tensors["encoder.clip.pos_embed"] = torch.cat([places[:1], between])
+    weights.lengthen(tensors, "projector.uncond", room, last=True)
+    finer = type(mentor)(config, mentor.processor.tokenizer).eval()
+    finer.load_state_dict(tensors)
+    return finer
+
+
 def begin_anew(mentor, config, seed, t5_decoder=False):
     """A model of a configuration's sizes around the tokenizer of another model, all else random. -> Mentor"""
     codes = mentor.config.vqgan.codes
@@ -322,6 +339,7 @@ def load_start(args, stage, log):
         mentor = train.load_start(args, replace(stage, t5_decoder=stage.t5_decoder and not parts), log,
                                   command="-m world.train")
         mentor = grow(mentor) if args.grow else mentor
+        mentor = refine(mentor) if args.refine else mentor
         if parts or args.model:
             mentor = begin_anew(mentor, config if args.model else mentor.config, args.seed, t5_decoder=parts)
     mentor = weights.resize(mentor, args.size)
@@ -346,6 +364,8 @@ def parse(argv):
                         "begins anew in any case)")
     parser.add_argument("--grow", action="store_true", help="make the weights larger first, with twice the codes and "
                         "two decoder layers more")
+    parser.add_argument("--refine", action="store_true", help="make the vision grid twice as fine first, with four "
+                        "times the patches")
     share = cli.checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
     parser.add_argument("--copies", type=share, default=0.0, metavar="SHARE", help="of the painted subject-driven "
                         "pairs, whose picture has its reference's own background (default 0)")
@@ -359,8 +379,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.stage != "vqgan" and (args.adversarial or args.lpips):
         raise InputError(f"--adversarial and --lpips are for --stage vqgan; leave them out in stage {args.stage}")
-    if args.model and args.grow:
-        raise InputError("--grow makes weights larger and --model begins them anew; give one of the two")
+    if args.model and (args.grow or args.refine):
+        raise InputError("--grow and --refine make weights larger and --model begins them anew; give one of the two")
     if args.fsdp and args.stage in ("vqgan", *OBJECTIVES):
         raise InputError(f"--fsdp is for large models; stage {args.stage} trains without it")
     stage = train.override(STAGES[args.stage], args)
