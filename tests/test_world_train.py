@@ -366,3 +366,13 @@ def test_a_refined_model_reads_its_references_at_once_and_has_room_for_as_many()
         right = objective(batch).mean()
         others = objective(batch | {"refs": batch["refs"].roll(1, dims=0)}).mean()
     assert right < others - 1
+
+
+@pytest.mark.parametrize("enlarge", [world_train.grow, world_train.refine])
+def test_an_enlarged_model_keeps_all_parts(enlarge):
+    small = weights.load("tiny")
+    captioning = weights.random_model(small.config, small.processor.tokenizer, 0, True)
+    larger = enlarge(captioning)
+    before, after = captioning.state_dict(), larger.state_dict()
+    name = "encoder.t5.lm_head.weight"
+    assert set(before) <= set(after) and torch.equal(before[name], after[name])

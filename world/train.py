@@ -280,6 +280,12 @@ def make_optimizers(objective, stage):
     return [muon, *train.make_optimizers(objective, stage, leave_out=hidden)]
 
 
+def begin_larger(mentor, config):
+    """An untrained model with the parts and tokenizers of another, in a configuration's sizes. -> Mentor"""
+    t5_decoder = hasattr(mentor.encoder.t5, "decoder")
+    return type(mentor)(config, mentor.processor.tokenizer, t5_decoder, mentor.processor.words).eval()
+
+
 def grow(mentor):
     """A larger model that draws the same at first: every code becomes two that lie close together, and two decoder
     layers are added which change nothing until they are trained. -> Mentor"""
@@ -288,7 +294,7 @@ def grow(mentor):
     sampling = replace(config.sampling, top_k=codes)
     config = replace(config, vqgan=replace(config.vqgan, codes=codes), sampling=sampling,
                      decoder=replace(config.decoder, codes=codes, layers=layers + 2))
-    larger = type(mentor)(config, mentor.processor.tokenizer).eval()
+    larger = begin_larger(mentor, config)
     for name in ("vqgan.quantize.embedding.weight", "decoder.tok_embeddings.weight", "decoder.output.weight"):
         tensors[name] = torch.cat([tensors[name], tensors[name]])                         # (2 * V, ...)
     embedding = F.normalize(tensors["vqgan.quantize.embedding.weight"], dim=-1)           # (V, e)
@@ -312,7 +318,7 @@ def refine(mentor):
     between = F.interpolate(between, 2 * side, mode="bilinear").flatten(2)[0].T           # (4 P, C)
     tensors["encoder.clip.pos_embed"] = torch.cat([places[:1], between])
     weights.lengthen(tensors, "projector.uncond", room, last=True)
-    finer = type(mentor)(config, mentor.processor.tokenizer).eval()
+    finer = begin_larger(mentor, config)
     finer.load_state_dict(tensors)
     return finer
 
