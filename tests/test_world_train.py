@@ -30,6 +30,7 @@ PATCHES = replace(TINY, vision=replace(TINY.vision, patch_size=28), image_size=1
     (["--stage", "pretrain", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "parts", "--fsdp"], "--fsdp is for large models"),
     (["--stage", "parts", "--model", "mini", "--grow"], "give one of the two"),
+    (["--stage", "vqgan", "--refine"], "begins from random ones; add --init"),
     (["--stage", "2", "--copies", "1.5"], "argument --copies: must be a number from 0 to 1"),
     (["--stage", "1", "--copies", "0.5"], "in a stage without that task"),
     (["--stage", "2", "--copies", "0.5", "--data", "rows.jsonl"], "leave it out with --data"),

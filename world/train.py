@@ -390,6 +390,9 @@ def parse(argv):
     if args.fsdp and args.stage in ("vqgan", *OBJECTIVES):
         raise InputError(f"--fsdp is for large models; stage {args.stage} trains without it")
     stage = train.override(STAGES[args.stage], args)
+    if stage.init == "random" and (args.grow or args.refine):
+        raise InputError("--grow and --refine make given weights larger, and this stage begins from random ones; add "
+                         "--init")
     if args.copies and (args.data or "subject" not in stage.tasks):
         raise InputError("--copies is for painted pairs of the task subject; leave it out with --data, and in a stage "
                          "without that task")
