@@ -18,7 +18,7 @@ from weights import byte_tokenizer
 from world import rows, scenes, sprites
 from world.rows import EmojiData, World
 from world.sprites import Appearance, subjects
-from world.train import STAGES
+from world.train import SMALL, STAGES
 
 EXAMPLE = os.path.join(sprites.ASSETS, "example")
 STAGE_2 = {"t2i": 600, "segment": 150, "recover": 150, "subject": 400}            # the published mixture
@@ -224,14 +224,14 @@ def test_prompts_for_the_tokenizer_hold_every_name_and_phrase():
 
 
 def test_every_prompt_fits_the_prefix_of_the_small_model():
-    small = weights.load("tiny").processor
+    tokenizer, patches = weights.load("tiny").processor.tokenizer, SMALL.vision.grid**2
     with_one_image = [prompt for prompt in rows.captions(6000) if prompt.count(data.IMAGE) == 1]
-    longest = max(len(small.tokenizer.encode(prompt).ids) + small.image_tokens - 1 for prompt in with_one_image)
+    longest = max(len(tokenizer.encode(prompt).ids) + patches - 1 for prompt in with_one_image)
     assert longest < 0.9 * STAGES["2"].prefix_tokens
 
 
 def test_every_prompt_of_several_subjects_fits_the_prefix_of_stage_multi():
-    tokenizer, patches = weights.load("tiny").processor.tokenizer, 64
+    tokenizer, patches = weights.load("tiny").processor.tokenizer, SMALL.vision.grid**2
     world, longest = World(None), 0
     for k in range(1500):
         rng = np.random.default_rng(k)

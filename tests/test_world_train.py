@@ -355,11 +355,11 @@ def test_grown_weights_draw_what_they_drew_before_and_every_new_part_learns():
     assert (larger.target_tokens(batch) >= codes).float().mean() > 0.2                    # both halves are in use
 
 
-def test_a_refined_model_reads_its_references_at_once_and_has_room_for_as_many():
+def test_a_refined_model_reads_its_references_at_once_and_has_room_for_no_fewer():
     small = weights.load("tiny")
     finer = world_train.refine(small)
     images = lambda mentor: mentor.config.prefix_tokens // mentor.processor.image_tokens
-    assert finer.config.vision.grid == 2 * small.config.vision.grid and images(finer) == images(small)
+    assert finer.config.vision.grid == 2 * small.config.vision.grid and images(finer) >= images(small)
     samples = world_train.EmojiData(finer.processor, weights={"reconstruct": 1}, held_out=True)
     batch = data.collate([samples[k] for k in range(4)])
     objective = train.TokenObjective(finer)

@@ -71,7 +71,7 @@ STAGES = {      # an epoch is 100,000 samples
     # with some reconstruction, or the skill is lost
     "2": replace(train.STAGES["2"], tasks={"t2i": 10, "reconstruct": 15, "segment": 15, "recover": 15, "subject": 45},
                  init="out/tiny/1", global_batch=32, lr=2e-3, epochs=0.64, prefix_tokens=128, micro=16),
-    # four references of 64 patches and their text
+    # four references, at 64 patches, and their text
     "multi": replace(train.STAGES["multi"], tasks={"t2i": 10, "reconstruct": 10, "segment": 10, "subject": 35,
                                                    "multi": 35},
                      init="out/tiny/2", global_batch=32, lr=1e-3, epochs=0.5, prefix_tokens=360, micro=16),
@@ -308,10 +308,11 @@ def grow(mentor):
 
 def refine(mentor):
     """A model that sees twice as finely: references of twice the pixels a side in patches of the old size, and room for
-    as many of them. A new patch's place is read off between the old ones. -> Mentor"""
+    no fewer of them. A new patch's place is read off between the old ones. -> Mentor"""
     config, tensors = mentor.config, mentor.state_dict()
     side, patches = config.vision.grid, config.vision.grid**2
-    room = config.prefix_tokens + config.prefix_tokens // patches * 3 * patches           # an image is 4 P rows now
+    images = -(-config.prefix_tokens // patches)
+    room = config.prefix_tokens + images * 3 * patches                                    # an image is 4 P rows now
     config = replace(config, vision=replace(config.vision, image_size=2 * config.vision.image_size), prefix_tokens=room)
     places = tensors["encoder.clip.pos_embed"]                                            # (1 + P, C)
     between = places[1:].T.unflatten(1, (side, side)).unsqueeze(0)                        # (1, C, side, side)
