@@ -61,25 +61,24 @@ def draw_reference(mentor):
 
 def draw_rows(mentor):
     """The example's prompt, row by row: each word, and each patch of the reference where `<image>` stands."""
-    batch = example(mentor)
-    ids = batch["ids"][0].tolist()
-    side, across = mentor.config.vision.grid, 16
-    patch = mentor.config.vision.patch_size
-    picture = data.center_square(data.open_image(REFERENCE), mentor.config.vision.image_size)
-    cell, height, seen = 49, 60, 0
-    sheet = Sheet(height * -(-len(ids) // across) + 4)
-    for i, token in enumerate(ids):
-        x, y = (i % across) * 50, (i // across) * height
-        if token == mentor.config.image_id:
-            left, top = patch * (seen % side), patch * (seen // side)
-            sheet.paste(picture.crop((left, top, left + patch, top + patch)), x + 5, y, 40)
-            seen += 1
-        else:
-            sheet.box(x, y, cell, 40, outline=BLUE)
+    config, ids = mentor.config, example(mentor)["ids"][0].tolist()
+    side, patch, across, cell = config.vision.grid, config.vision.patch_size, 32, 25
+    start, count = ids.index(config.image_id), ids.count(config.image_id)
+    below = 62 + cell * -(-count // across)
+    sheet = Sheet(below + 86)
+    for y, words in ((0, ids[:start]), (below + 24, ids[start + count:])):
+        for i, token in enumerate(words):
             word = mentor.processor.tokenizer.decode([token], skip_special_tokens=False)
             word = {" ": "(blank)", "\n": "(line)"}.get(word, word.strip())
-            sheet.text(x + cell // 2, y + 20, word, BLUE, 11 if len(word) > 5 else 13, "mm")
-        sheet.text(x + cell // 2, y + 42, str(token), size=11, anchor="ma")
+            sheet.box(50 * i, y, 49, 40, outline=BLUE)
+            sheet.text(50 * i + 24, y + 20, word, BLUE, 11 if len(word) > 5 else 13, "mm")
+            sheet.text(50 * i + 24, y + 42, str(token), size=11, anchor="ma")
+    picture = data.center_square(data.open_image(REFERENCE), config.vision.image_size)
+    for k in range(count):
+        left, top = patch * (k % side), patch * (k // side)
+        sheet.paste(picture.crop((left, top, left + patch, top + patch)), k % across * cell, 62 + k // across * cell,
+                    cell - 3)
+    sheet.text(0, below, f"{count} patches, each a row; all have the id {config.image_id}", size=11)
     return sheet.image
 
 
