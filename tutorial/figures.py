@@ -127,7 +127,8 @@ def draw_prefix(mentor):
         sheet.text(4, y, caption)
         for j, line in enumerate(values.tolist()):
             for k, kind in enumerate(line + [4] * written):
-                sheet.box(round(4 + k * step), y + 22 + 26 * j, max(2, round(step) - 2), 20, colours.get(kind), FAINT)
+                left, right = round(4 + k * step), round(4 + (k + 1) * step)
+                sheet.box(left, y + 22 + 26 * j, right - left - 1, 20, colours.get(kind, FAINT))
     for i, (name, colour) in enumerate((("text", BLUE), ("patch of the reference", ORANGE), ("learned row", RED),
                                         ("image token", GREEN), ("padding", FAINT))):
         x = 4 + i * 158
